@@ -1,0 +1,66 @@
+# `make` alone lists what there is to do. ARGS="..." goes on to the program behind a target.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
+WITH_ENGINE := $(BIN)/python checks/engine.py run --
+
+.PHONY: help demo run test lint format coverage bench chaos mutants clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/ready ## a server, two workers and hello-world in a container: what jobworker does, in seconds
+	@$(WITH_ENGINE) $(BIN)/python checks/demo.py
+
+run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
+	@$(WITH_ENGINE) $(BIN)/python checks/demo.py --stay
+
+test: .venv/ready-dev browser ## the tests, with real containers and a real browser
+	@$(WITH_ENGINE) $(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: .venv/ready-dev ## format the code as `make lint` wants it
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+coverage: .venv/ready-dev browser ## the tests, and which branches they do not reach
+	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) $(BIN)/coverage run -m pytest $(ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+
+bench: .venv/ready-dev ## how fast it is on this machine, beside what else does the same
+	@$(WITH_ENGINE) $(BIN)/python checks/bench.py $(ARGS)
+
+chaos: .venv/ready-dev ## kill everything again and again and count the promises
+	@$(WITH_ENGINE) $(BIN)/python checks/chaos.py $(ARGS)
+
+mutants: .venv/ready-dev ## break the code line by line and see the tests fail
+	@$(WITH_ENGINE) $(BIN)/python checks/mutants.py $(ARGS)
+
+clean: ## remove what all of these left in this folder
+	@rm -rf .venv .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+
+.PHONY: browser
+browser:
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || $(PYTHON) checks/packages.py chromium || \
+	    { echo "Or name a Chromium or Chrome that is there: CHROMIUM=/path/to/it make test" >&2; exit 1; }
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=...")'
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || $(PYTHON) checks/packages.py python3-venv
+	@echo "Setting up Python packages in .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/ready-dev: pyproject.toml .venv/ready
+	@echo "Adding what development needs to .venv ..."
+	@$(BIN)/python -c 'import tomllib; \
+	    print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' >.venv/dev.txt
+	@$(PIP) -r .venv/dev.txt
+	@touch $@

@@ -1,0 +1,746 @@
+"""The one copy of every job's state: schema, transitions, every SQL statement.
+
+It must not know of HTTP, WebSockets or jobs.yaml, and never asks for the time: it is given it.
+
+One thread owns the one SQLite connection. The others hand it functions, `store.do(function, *args)`; it runs all that
+are waiting in one transaction, makes that durable with one fsync, and only then lets anyone see a result:
+
+    HTTP threads ── do ──▶ ┌───────┐                                       ┌─▶ futures of the HTTP threads
+    event loop ── tell ──▶ │ queue │ ──▶ BEGIN, f, g, h …, COMMIT (fsync) ─┼─▶ deliver(): callbacks of the loop
+                           └───────┘                                       └─▶ watchers of the jobs that changed
+
+A function takes a `Database` first, reads and writes through it alone, and either returns a result or raises: then
+nothing of it happens. A group in which one raises is rolled back and run again one by one.
+
+Two rules for states: only `_move` changes one, and only along TRANSITIONS. A job in a final state never changes again.
+"""
+
+import contextlib
+import json
+import logging
+import queue
+import random
+import sqlite3
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+TRANSITIONS = {
+    ("queued", "claim"): "assigned",
+    ("queued", "cancel"): "cancelled",
+    ("assigned", "start"): "running",
+    ("assigned", "requeue"): "queued",
+    ("assigned", "cancel"): "cancelled",
+    ("running", "succeed"): "success",
+    ("running", "fail"): "failure",
+    ("running", "lose"): "failure",
+    ("running", "retry"): "queued",
+    ("running", "cancel"): "cancelled",
+}
+STATES = ("queued", "assigned", "running", "success", "failure", "cancelled")
+FINAL_STATES = ("success", "failure", "cancelled")
+
+LOG_HEAD_BYTES = 512 * 1024
+LOG_TAIL_BYTES = 512 * 1024
+GROUP_LIMIT = 1_000
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6A6F6277
+
+SCHEMA = """
+CREATE TABLE job (
+    id              INTEGER PRIMARY KEY AUTOINCREMENT CHECK (id <= 2147483647),
+    name            TEXT    NOT NULL,
+    state           TEXT    NOT NULL,
+    attempt         INTEGER NOT NULL DEFAULT 0,
+    failures        INTEGER NOT NULL DEFAULT 0,
+    cancelling      INTEGER NOT NULL DEFAULT 0,
+    priority        INTEGER NOT NULL DEFAULT 0,
+    worker          INTEGER,
+    exit_code       INTEGER,
+    reason          TEXT,
+    environment     TEXT,
+    idempotency_key TEXT,
+    not_before      REAL,
+    created_at      REAL    NOT NULL,
+    started_at      REAL,
+    finished_at     REAL,
+    log_bytes       INTEGER NOT NULL DEFAULT 0
+) STRICT;
+CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
+CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
+CREATE INDEX job_state ON job (state, id);
+CREATE INDEX job_name ON job (name, id);
+CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
+CREATE UNIQUE INDEX job_idempotency_key ON job (idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+CREATE TABLE attempt (
+    job INTEGER NOT NULL, attempt INTEGER NOT NULL, worker INTEGER, started_at REAL, finished_at REAL,
+    exit_code INTEGER, reason TEXT, log_bytes INTEGER NOT NULL, PRIMARY KEY (job, attempt)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE log (
+    job INTEGER NOT NULL, attempt INTEGER NOT NULL, byte_offset INTEGER NOT NULL, data BLOB NOT NULL,
+    PRIMARY KEY (job, attempt, byte_offset)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE worker (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, expected INTEGER NOT NULL DEFAULT 1
+) STRICT;
+CREATE TABLE server (id TEXT NOT NULL) STRICT;
+"""
+
+_JOB = "SELECT job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
+_READY = "state = 'queued' AND not_before IS NULL"
+_ACTIVE = "state IN ('assigned', 'running')"
+_GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from_state"
+
+GET_JOB = f"{_JOB} WHERE job.id = ?"
+GET_STATE = "SELECT id, name, attempt, failures, cancelling, worker, state FROM job WHERE id = ?"
+INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, idempotency_key, not_before, created_at)
+    VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)"""
+FIND_KEY = "SELECT id, name, environment FROM job WHERE idempotency_key = ?"
+LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
+READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
+    SELECT min(name) FROM job WHERE {_READY}
+    UNION ALL SELECT (SELECT min(name) FROM job WHERE {_READY} AND name > ready.name) FROM ready WHERE name IS NOT NULL)
+    SELECT name FROM ready WHERE name IS NOT NULL"""
+READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job
+    WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
+COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
+ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes FROM job
+    WHERE {_ACTIVE} AND worker = ?"""
+EXPECTED_WORKERS = "SELECT id, name FROM worker WHERE expected = 1"
+CLAIM = "UPDATE job SET state = :to_state, worker = :worker, attempt = :attempt WHERE id = :id AND state = :from_state"
+START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
+FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = :reason, finished_at = :now
+    WHERE {_GUARD} RETURNING id, name, state, created_at, started_at, finished_at"""
+CANCEL_QUEUED = """UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
+    WHERE id = :id AND state = :from_state"""
+REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
+    started_at = NULL, log_bytes = 0 WHERE {_GUARD}"""
+KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finished_at, exit_code, reason, log_bytes)
+    SELECT id, attempt, worker, started_at, :now, :exit_code, :reason, log_bytes FROM job WHERE id = :id"""
+ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
+    LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
+SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
+MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
+FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
+INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
+EXPECT_WORKER = "UPDATE worker SET expected = ? WHERE id = ? AND expected <> ?"
+LOG_STATE = "SELECT log_bytes FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
+LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
+INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
+CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
+READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
+    ORDER BY byte_offset LIMIT 16"""
+LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
+LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
+OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
+OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
+    WHERE {_READY}"""
+COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
+
+_log = logging.getLogger("store")
+RetryDelay = Callable[[str, int], float | None]
+Callback = Callable[[Any], None]
+
+
+class StoreError(Exception):
+    """The database could not do it: disk full, an I/O error, another server on the file."""
+
+
+class Conflict(Exception):
+    """The job is not in a state that allows this, or the idempotency key belongs to another request."""
+
+
+class NewJob(NamedTuple):
+    name: str
+    environment: dict[str, str] | None = None
+    priority: int = 0
+    delay: float = 0
+    idempotency_key: str | None = None
+
+
+class Offer(NamedTuple):
+    """A worker with free slots, and the names of the jobs it may take."""
+
+    worker: int
+    free: int
+    names: frozenset[str]
+
+
+class Claimed(NamedTuple):
+    worker: int
+    id: int
+    name: str
+    attempt: int
+    environment: dict[str, str]
+
+
+class Finished(NamedTuple):
+    """What a job's end says: for the metrics."""
+
+    id: int
+    name: str
+    state: str
+    created_at: float
+    started_at: float | None
+    finished_at: float
+
+
+class Held(NamedTuple):
+    """An attempt that a returned worker still holds and shall go on with."""
+
+    id: int
+    attempt: int
+    state: str
+    log_bytes: int
+    cancelling: bool
+
+
+@dataclass
+class Database:
+    """What a function sees of the store: the connection, and notes of what its transaction changes."""
+
+    connection: sqlite3.Connection
+    last_id: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    watchers: dict[int, list[Future[None]]] = field(default_factory=dict)
+    # of the transaction that runs
+    first_id: int = 0
+    moved: Counter[str] = field(default_factory=Counter)
+    changed: set[int] = field(default_factory=set)
+    ready: bool = False
+    finished: list[Finished] = field(default_factory=list)
+
+    def execute(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
+        return self.connection.execute(sql, parameters)
+
+    def one(self, sql: str, *parameters: Any) -> Any:
+        return self.connection.execute(sql, parameters).fetchone()
+
+    def watch(self, job: int) -> "Future[None]":
+        """Give a future that is done when the job has next changed."""
+        future: Future[None] = Future()
+        waiting = [watcher for watcher in self.watchers.get(job, ()) if not watcher.cancelled()]
+        self.watchers[job] = [*waiting, future]
+        return future
+
+    def begin(self) -> None:
+        self.moved, self.changed, self.ready, self.finished = Counter(), set(), False, []
+        self.first_id = self.last_id
+        self.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        self.execute("COMMIT")
+        self.counts.update(self.moved)
+
+    def rollback(self) -> None:
+        self.last_id = self.first_id
+        if self.connection.in_transaction:
+            self.execute("ROLLBACK")
+
+
+class _Request(NamedTuple):
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    future: Future[Any] | None
+    callback: Callback | None
+
+
+class Commit(NamedTuple):
+    """What one commit did: callbacks to call with their results, jobs that changed, whether jobs became ready."""
+
+    calls: list[tuple[Callback, Any]]
+    changed: set[int]
+    ready: bool
+    finished: list[Finished]
+
+
+class Store:
+    """The thread, its queue and its connection. `error` says what is wrong with the disk, None while all is well."""
+
+    def __init__(self, path: str, deliver: Callable[[Commit], object] = id) -> None:
+        """Open or create the database at `path` (":memory:" for none).
+
+        deliver: called by the store's thread after each commit. Raises StoreError where the file can't be used.
+        """
+        self.error: str | None = None
+        self.broken = False
+        self._deliver = deliver
+        self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        try:
+            self._database = _open(path)
+        except sqlite3.Error as error:
+            raise StoreError(_explain(path, error)) from error
+        self.server_id: str = self._database.one("SELECT id FROM server")[0]
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many jobs are in each state, as of the last commit."""
+        return {state: self._database.counts[state] for state in STATES}
+
+    def do(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
+        """Have function(database, *args) run; the future has its result once that is on disk.
+
+        It raises what the function raised, or StoreError where the database could not do it.
+        """
+        future: Future[Any] = Future()
+        self._requests.put(_Request(function, args, future, None))
+        return future
+
+    def tell(self, callback: Callback, function: Callable[..., Any], *args: Any) -> None:
+        """Have function(database, *args) run; its result, or exception, goes to the callback through `deliver`."""
+        self._requests.put(_Request(function, args, None, callback))
+
+    def close(self) -> None:
+        """Finish what is queued and close the file."""
+        self._requests.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            group = [self._requests.get()]
+            group += [self._requests.get() for _ in range(min(self._requests.qsize(), GROUP_LIMIT))]
+            closing = None in group
+            requests = [request for request in group if request is not None]
+            if requests and not self._commit(requests):
+                for request in requests:
+                    self._commit([request], alone=True)
+        self._database.connection.close()
+
+    def _commit(self, group: list[_Request], alone: bool = False) -> bool:
+        """Run a group in one transaction and hand out the results; False: it failed and nothing of it happened."""
+        database = self._database
+        try:
+            database.begin()
+            before = database.connection.total_changes
+            results = [request.function(database, *request.args) for request in group]
+            database.commit()
+        except Exception as error:  # noqa: BLE001 - whatever it was, it must not end the one thread that can write
+            with contextlib.suppress(sqlite3.Error):
+                database.rollback()
+            if alone:
+                self._hand_out(group, [self._failure(error)])
+            return False
+        if self.error and database.connection.total_changes > before:
+            self.error = None
+        self._hand_out(group, results)
+        return True
+
+    def _failure(self, error: Exception) -> Exception:
+        if not isinstance(error, sqlite3.Error):
+            return error
+        self.error = f"database: {error}"
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+        # After a failed write or fsync nobody knows what is on disk: only a restart reads it anew.
+        self.broken = self.broken or code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        _log.error("%s", self.error)
+        return StoreError(self.error)
+
+    def _hand_out(self, group: list[_Request], results: list[Any]) -> None:
+        database = self._database
+        failed = isinstance(results[0], Exception)
+        changed = set() if failed else database.changed
+        calls = [(request.callback, result) for request, result in zip(group, results, strict=True) if request.callback]
+        # The loop first: what a caller does on seeing its future done comes after it there.
+        if calls or changed:
+            self._deliver(Commit(calls, changed, database.ready and not failed, [] if failed else database.finished))
+        for request, result in zip(group, results, strict=True):
+            if request.future and request.future.set_running_or_notify_cancel():
+                if isinstance(result, Exception):
+                    request.future.set_exception(result)
+                else:
+                    request.future.set_result(result)
+        for job in changed & database.watchers.keys():
+            for watcher in database.watchers.pop(job):
+                if watcher.set_running_or_notify_cancel():
+                    watcher.set_result(None)
+
+
+def _open(path: str) -> Database:
+    connection = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
+    connection.row_factory = sqlite3.Row
+    # One connection for ever: no other may open the file, and SQLite needs no shared memory for the WAL.
+    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("BEGIN IMMEDIATE")
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == 0:
+        _create(connection)
+    elif version != SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"it has schema version {version}; this jobworker knows {SCHEMA_VERSION}")
+    connection.execute("COMMIT")
+    last = connection.execute(LAST_ID).fetchone()
+    counts = {row["state"]: row["jobs"] for row in connection.execute(COUNT_STATES)}
+    return Database(connection, last[0] if last else 0, Counter(counts))
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        raise sqlite3.DatabaseError("it is not a database of jobworker")
+    for statement in filter(str.strip, SCHEMA.split(";")):
+        connection.execute(statement)
+    connection.execute("INSERT INTO server VALUES (?)", (uuid.uuid4().hex[:8],))
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _explain(path: str, error: sqlite3.Error) -> str:
+    if "locked" in str(error):
+        return f"{path}: another server is running on this database; stop it or give --database another file"
+    return f"{path}: can't use it as the database: {error}"
+
+
+def _move(db: Database, statement: str, event: str, from_state: str, job: int, **values: Any) -> sqlite3.Row | bool:
+    """Move a job along TRANSITIONS with a guarded statement; the row it returns, True, or False for a stale move."""
+    to_state = TRANSITIONS[from_state, event]
+    cursor = db.execute(statement, {"id": job, "from_state": from_state, "to_state": to_state, **values})
+    row = cursor.fetchone() if statement is FINISH else None
+    if row is None and cursor.rowcount < 1:
+        return False
+    db.moved[from_state] -= 1
+    db.moved[to_state] += 1
+    db.changed.add(job)
+    db.ready = db.ready or to_state not in ("assigned", "running")
+    return row or True
+
+
+# Jobs come in
+
+
+def add(db: Database, jobs: Sequence[NewJob], now: float) -> list[int]:
+    """Queue jobs; give their ids, all or none. No two of them may have the same idempotency key.
+
+    now: seconds since the epoch. A job whose idempotency key is known already is not queued again: its id is given.
+    Raises Conflict where that key came with another name or environment.
+    """
+    ids, rows = [], []
+    for job in jobs:
+        environment = json.dumps(job.environment, ensure_ascii=False) if job.environment else None
+        if job.idempotency_key is not None and (known := db.one(FIND_KEY, job.idempotency_key)):
+            if tuple(known)[1:] != (job.name, environment):
+                raise Conflict(f"this Idempotency-Key was used for job {known['id']}, which is another request")
+            ids.append(known["id"])
+            continue
+        db.last_id += 1
+        not_before = now + job.delay if job.delay > 0 else None
+        rows.append((db.last_id, job.name, job.priority, environment, job.idempotency_key, not_before, now))
+        ids.append(db.last_id)
+    db.connection.executemany(INSERT_JOB, rows)
+    db.moved["queued"] += len(rows)
+    db.changed.update(ids)
+    db.ready = True
+    return ids
+
+
+def make_due(db: Database, now: float) -> int:
+    """Let delayed jobs whose time has come be claimed; how many those were."""
+    count = db.execute(MAKE_DUE, (now,)).rowcount
+    db.ready = db.ready or count > 0
+    return count
+
+
+# Jobs go out
+
+
+def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list[Claimed]:
+    """Give queued jobs to workers with free slots, best first, and mark them assigned.
+
+    limits: how many jobs of a name may be assigned or running at once. Of the workers that may take a job, the one
+    with the most free slots gets it; among equals, chance decides. Returns the claimed, highest priority first, then
+    oldest; fewer than there are slots, or none, where no more may run.
+    """
+    ready = []
+    for (name,) in db.execute(READY_NAMES).fetchall():
+        room = sum(offer.free for offer in offers if name in offer.names)
+        if name in limits:
+            room = min(room, limits[name] - db.one(COUNT_ACTIVE, name)[0])
+        if room > 0:
+            ready += db.execute(READY_JOBS, (name, room)).fetchall()
+    ready.sort(key=lambda job: (-job["priority"], job["id"]))
+    return list(_hand_to_workers(db, ready, offers))
+
+
+def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Offer]) -> Iterator[Claimed]:
+    free = {offer.worker: offer.free for offer in offers}
+    names = {offer.worker: offer.names for offer in offers}
+    for job in ready:
+        takers = [worker for worker in free if job["name"] in names[worker]]
+        if not takers:
+            continue
+        worker = max(takers, key=lambda taker: free[taker] + random.random())
+        attempt = job["attempt"] + 1
+        _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
+        free[worker] -= 1
+        if not free[worker]:
+            del free[worker]
+        environment = json.loads(job["environment"]) if job["environment"] else {}
+        yield Claimed(worker, job["id"], job["name"], attempt, environment)
+
+
+def start(db: Database, worker: int, job: int, attempt: int, now: float) -> bool:
+    """Note that an attempt is about to run; False where it is not this worker's any more. Twice is as good as once."""
+    if _move(db, START, "start", "assigned", job, attempt=attempt, worker=worker, now=now):
+        return True
+    return db.one(LOG_STATE, job, attempt, worker) is not None
+
+
+def succeed(db: Database, worker: int, job: int, attempt: int, now: float) -> bool:
+    """Note that an attempt's container exited 0; False for a stale message."""
+    values = {"attempt": attempt, "worker": worker, "now": now, "exit_code": 0, "reason": None}
+    if _finish(db, "succeed", job, values):
+        return True
+    # A version 1 worker may end what it never said to have started.
+    return start(db, worker, job, attempt, now) and _finish(db, "succeed", job, values)
+
+
+def fail(
+    db: Database, worker: int, job: int, attempt: int, exit_code: int | None, reason: str, now: float, retry: RetryDelay
+) -> bool:
+    """Note that an attempt failed: it ends, is queued again while retries are left, or was being cancelled.
+
+    False for a stale message.
+    """
+    if not start(db, worker, job, attempt, now):
+        return False
+    _end_attempt(db, db.one(GET_STATE, job), "fail", exit_code, reason, now, retry)
+    return True
+
+
+def _end_attempt(
+    db: Database, row: sqlite3.Row, event: str, exit_code: int | None, reason: str, now: float, retry: RetryDelay
+) -> None:
+    values = {"attempt": row["attempt"], "worker": row["worker"], "now": now, "exit_code": exit_code, "reason": reason}
+    if row["cancelling"]:
+        _finish(db, "cancel", row["id"], {**values, "reason": "cancelled"})
+        return
+    delay = retry(row["name"], row["failures"] + 1)
+    if delay is None:
+        _finish(db, event, row["id"], values)
+        return
+    db.execute(KEEP_ATTEMPT, {"id": row["id"], "now": now, "exit_code": exit_code, "reason": reason})
+    _requeue(db, row, "retry", row["failures"] + 1, now + delay)
+
+
+def _finish(db: Database, event: str, job: int, values: dict[str, Any]) -> bool:
+    row = _move(db, FINISH, event, "running", job, **values)
+    if isinstance(row, sqlite3.Row):
+        db.finished.append(Finished(*row))
+    return bool(row)
+
+
+def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_before: float | None) -> None:
+    values = {"attempt": row["attempt"], "worker": row["worker"], "failures": failures, "not_before": not_before}
+    _move(db, REQUEUE, event, row["state"], row["id"], **values)
+
+
+# Workers come and go
+
+
+def attach(
+    db: Database, name: str, held: Iterable[tuple[int, int, str]], now: float, retry: RetryDelay
+) -> tuple[int, list[Held]]:
+    """Settle what a worker that says Hello holds: give its id, and the attempts it shall go on with.
+
+    held: (job, attempt, state) as the worker has them. What the store has for that worker beyond these is gone: it is
+    queued again where it had not started, lost where it had. What the worker has beyond the store's is not returned.
+    """
+    known = db.one(FIND_WORKER, name)
+    worker = int(known[0] if known else db.execute(INSERT_WORKER, (name,)).lastrowid or 0)
+    db.execute(EXPECT_WORKER, (1, worker, 1))
+    kept = {(job, attempt) for job, attempt, _state in held}
+    wanted = []
+    for row in db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall():
+        key = row["id"], row["attempt"]
+        if key in kept:
+            wanted.append(Held(*key, row["state"], row["log_bytes"], bool(row["cancelling"])))
+        else:
+            _lose(db, row, now, retry)
+    return worker, wanted
+
+
+def detach(db: Database, worker: int) -> int:
+    """Queue again what a disconnected worker had not started; how many jobs it may still be running."""
+    rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
+    for row in rows:
+        if row["state"] == "assigned":
+            _requeue(db, row, "requeue", row["failures"], None)
+    return sum(row["state"] == "running" for row in rows)
+
+
+def lose(db: Database, worker: int, now: float, retry: RetryDelay) -> int:
+    """Give up what a worker that did not come back was running; how many jobs that were."""
+    db.execute(EXPECT_WORKER, (0, worker, 0))
+    rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
+    for row in rows:
+        _lose(db, row, now, retry)
+    return len(rows)
+
+
+def _lose(db: Database, row: sqlite3.Row, now: float, retry: RetryDelay) -> None:
+    if row["state"] == "assigned":
+        _requeue(db, row, "requeue", row["failures"], None)
+    else:
+        _end_attempt(db, row, "lose", None, "lost", now, retry)
+
+
+def expected_workers(db: Database) -> list[tuple[int, str]]:
+    """The id and name of each worker that was connected, or within its grace, when the server ended."""
+    return [(row[0], row[1]) for row in db.execute(EXPECTED_WORKERS)]
+
+
+# People ask
+
+
+def cancel(db: Database, job: int, now: float) -> sqlite3.Row:
+    """Cancel a job: at once where it does not run, else once its worker confirms; its row as GET_STATE, before.
+
+    Raises KeyError for an unknown job, Conflict for a final one.
+    """
+    row: sqlite3.Row | None = db.one(GET_STATE, job)
+    if row is None:
+        raise KeyError(job)
+    if row["state"] in FINAL_STATES:
+        raise Conflict(f"job {job} has ended already: {row['state']}")
+    if row["state"] == "running":
+        db.execute(SET_CANCELLING, (job,))
+        db.changed.add(job)
+    else:
+        _move(db, CANCEL_QUEUED, "cancel", row["state"], job, reason="cancelled", now=now)
+    return row
+
+
+def get(db: Database, job: int) -> sqlite3.Row:
+    """A job's row, with worker_name. Raises KeyError."""
+    row: sqlite3.Row | None = db.one(GET_JOB, job)
+    if row is None:
+        raise KeyError(job)
+    return row
+
+
+def get_many(db: Database, jobs: Iterable[int]) -> list[sqlite3.Row]:
+    """The rows of those jobs that exist, by id."""
+    return [row for job in sorted(jobs) if (row := db.one(GET_JOB, job))]
+
+
+def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Future[None] | None"]:
+    """A job's row, and a future that is done when it has next changed: None where it is final, or no `watch` asked for.
+
+    Raises KeyError.
+    """
+    row = get(db, job)
+    return row, db.watch(job) if watch and row["state"] not in FINAL_STATES else None
+
+
+def page(
+    db: Database, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int
+) -> list[sqlite3.Row]:
+    """Up to `limit` jobs with after < id, oldest first; with `before`, the newest of those with id < before.
+
+    One query a state, each a walk along an index in the order of ids, so that a page costs the same among millions.
+    """
+    rows: list[sqlite3.Row] = []
+    for state in states or (None,):
+        where = {"job.id > ?": after, "job.id < ?": before, "job.state = ?": state, "job.name = ?": name}
+        where = {condition: value for condition, value in where.items() if value is not None}
+        order = "ASC" if before is None else "DESC"
+        sql = f"{_JOB} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
+        rows += db.execute(sql, [*where.values(), limit]).fetchall()
+    rows.sort(key=lambda row: row["id"])
+    return rows[:limit] if before is None else rows[-limit:]
+
+
+def attempts(db: Database, job: int) -> list[sqlite3.Row]:
+    """The attempts of a job that were followed by another, oldest first."""
+    return db.execute(ATTEMPTS, (job,)).fetchall()
+
+
+def oldest_ready(db: Database) -> float | None:
+    """When the oldest job that could run now was made, in seconds since the epoch; None: there is none."""
+    created_at: float | None = db.one(OLDEST_READY)[0]
+    return created_at
+
+
+def count_active(db: Database, name: str) -> int:
+    """How many jobs of a name are assigned or running."""
+    count: int = db.one(COUNT_ACTIVE, name)[0]
+    return count
+
+
+# Logs
+
+
+def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, data: bytes) -> int | None:
+    """Keep a piece of an attempt's output; the offset up to which it is kept now, None for a stale message.
+
+    What is there already is not written twice. Past head and tail, the middle goes.
+    """
+    row = db.one(LOG_STATE, job, attempt, worker)
+    if row is None:
+        return None
+    have: int = row[0]
+    if offset < have:
+        data, offset = data[have - offset :], have
+    if data:
+        have = offset + len(data)
+        db.execute(INSERT_LOG, (job, attempt, offset, data))
+        db.execute(LOG_GROWS, (have, job))
+        if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
+            db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
+        db.changed.add(job)
+    return have
+
+
+def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:
+    """Pieces of an attempt's output from a byte offset on, as (offset, bytes), some at a time; empty at its end."""
+    first = db.one(LOG_CHUNK_BEFORE, job, attempt, offset)[0]
+    rows = db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)).fetchall()
+    pieces = []
+    for start_, data in rows:
+        skip = max(offset - start_, 0)
+        if skip < len(data):
+            pieces.append((start_ + skip, data[skip:]))
+    return pieces
+
+
+def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
+    """The byte offset at which the last `lines` lines of an attempt's output begin."""
+    offset, wanted, last = 0, lines, True
+    for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
+        end: int = len(data)
+        if last and data.endswith(b"\n"):
+            end -= 1
+        last = False
+        while wanted and (end := data.rfind(b"\n", 0, end)) >= 0:
+            wanted -= 1
+        if end >= 0:
+            return int(offset) + end + 1
+    return 0
+
+
+# Retention
+
+
+def prune(db: Database, before: float, limit: int) -> int:
+    """Delete up to `limit` jobs that ended before a time, with their logs; how many those were."""
+    rows = db.execute(OLD_JOBS, (before, limit)).fetchall()
+    for job, state in rows:
+        for table, key in (("log", "job"), ("attempt", "job"), ("job", "id")):
+            db.execute(f"DELETE FROM {table} WHERE {key} = ?", (job,))
+        db.moved[state] -= 1
+    return len(rows)
+
+
+def probe(db: Database, _now: float) -> None:
+    """Write something, to see whether the disk takes writes again."""
+    db.execute("UPDATE server SET id = id")
