@@ -36,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -82,6 +82,7 @@ PONG_SECONDS = 14
 PULL_TIMEOUT_SECONDS = 900
 STOP_GRACE_SECONDS = 10
 ENGINE_RETRY_SECONDS = 1
+ENGINE_PATIENCE_SECONDS = 30
 SWEEP_SECONDS = 30
 REMOVE_AT_ONCE = 100
 CLOSE_REPLACED = 4001
@@ -92,6 +93,10 @@ log = logging.getLogger("worker")
 
 class FatalError(Exception):
     """The worker can't go on, and trying again would not help. The message says why and what to do."""
+
+
+class EngineAway(Exception):
+    """The Docker engine has not answered for ENGINE_PATIENCE_SECONDS."""
 
 
 class Output:
@@ -164,6 +169,7 @@ class Job:
     config: dict[str, Any] | None = None  # as it was at the start; None for a container found running
     output: Output = field(default_factory=Output)
     result: JobSuccess | JobFailure | None = None
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)  # told to stop
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     reported_on: "Connection | None" = None
 
@@ -189,13 +195,19 @@ class Docker:
                 process.kill()
         return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
 
-    async def insist(self, *arguments: str) -> tuple[int, str, str]:
-        """The same, again and again while the engine does not answer."""
+    async def insist(self, *arguments: str, patience: float = math.inf) -> tuple[int, str, str]:
+        """The same, again and again while the engine does not answer, or the command was killed.
+
+        Raises EngineAway when that has taken `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
         while True:
             code, out, err = await self(*arguments)
-            if not code or not UNREACHABLE.search(err):
+            if code == 0 or (code > 0 and not UNREACHABLE.search(err)):
                 return code, out, err
-            log.warning("the Docker engine does not answer; trying again: %s", err.strip())
+            if time.monotonic() > deadline:
+                raise EngineAway(err.strip())
+            log.warning("docker %s did not get an answer; trying again: %s", arguments[0], err.strip() or code)
             await asyncio.sleep(ENGINE_RETRY_SECONDS)
 
     def _start(self, *arguments: str, **streams: Any) -> Any:
@@ -222,21 +234,25 @@ class Docker:
         finally:
             os.close(output)
 
-    async def follow(self, container: str, output: int) -> None:
-        """Copy what a container wrote, from its start, and writes until it ends."""
+    async def follow(self, container: str, output: int) -> bool:
+        """Copy what a container wrote, from its start, and writes until it ends; whether that was all."""
         process = await self._start("logs", "--follow", container, stdout=output, stderr=output)
-        await process.wait()
+        return bool(await process.wait() == 0)
 
     async def state(self, container: str) -> dict[str, Any] | None:
         """Give `docker inspect`'s State of a container, or None where it says nothing. Waits for an engine."""
-        _code, out, _err = await self.insist("inspect", "--type", "container", "--format", "{{json .State}}", container)
+        _code, out, _err = await self.insist(
+            "inspect", "--type", "container", "--format", "{{json .State}}", container, patience=ENGINE_PATIENCE_SECONDS
+        )
         with contextlib.suppress(ValueError):
             state = json.loads(out)
             return state if isinstance(state, dict) else None
         return None
 
     async def has_image(self, image: str) -> bool:
-        code, _out, err = await self.insist("image", "inspect", "--format", "{{.Id}}", image)
+        code, _out, err = await self.insist(
+            "image", "inspect", "--format", "{{.Id}}", image, patience=ENGINE_PATIENCE_SECONDS
+        )
         return not (code and "no such image" in err.lower())
 
     async def containers(self, labels: dict[str, str]) -> list[tuple[int, int, str, str, str]]:
@@ -255,7 +271,7 @@ class Docker:
     async def remove(self, containers: list[str]) -> bool:
         """Remove containers, running or not, with their anonymous volumes; whether all are gone."""
         code, _out, err = await self("rm", "--force", "--volumes", *containers)
-        return code == 0 or all("no such container" in line.lower() for line in err.splitlines())
+        return code == 0 or (code > 0 and all("no such container" in line.lower() for line in err.splitlines()))
 
 
 class Connection:
@@ -264,6 +280,7 @@ class Connection:
     def __init__(self, socket_: ClientConnection) -> None:
         self.socket = socket_
         self.version = 2 if socket_.subprotocol == VERSION_2 else 1
+        self.greeted = False
         self._outbox: deque[protocol.FromWorker] = deque()
         self._filled = asyncio.Event()
 
@@ -304,6 +321,7 @@ class Worker:
         self.jobs: dict[tuple[int, int], Job] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.images: set[str] = set()
+        self._pulling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         self.server_id: str | None = None
         self.connection: Connection | None = None
         self.draining = False
@@ -390,9 +408,12 @@ class Worker:
                 log.warning("job %d: another server is there now; letting it go", job.id)
                 self._let_go(job)
             self.server_id = server_id
-            await self._recover(connection.version)
+            try:
+                await self._recover(connection.version)
+            except BaseException:
+                self.server_id = None  # the next connection has to look again
+                raise
         self.connection = connection
-        log.info("connected to %s as %s, %d slots", self.options.uri, self.name, self.options.slots)
         if connection.version == 2:
             self._say_hello()
         for job in list(self.jobs.values()):
@@ -421,6 +442,9 @@ class Worker:
     def _receive(self, message: protocol.FromServer) -> None:
         match message:
             case JobConfigs(configs):
+                if self.connection and not self.connection.greeted:
+                    self.connection.greeted = True
+                    log.info("connected to %s as %s, %d slots", self.options.uri, self.name, self.options.slots)
                 self.configs = {config["name"]: config for config in configs}
             case Enqueue():
                 self._take(message)
@@ -454,7 +478,7 @@ class Worker:
     def _ask(self) -> None:
         """Ask whether the next jobs may start, while there are slots; a version 1 server is only told."""
         busy = sum(job.state in ("asked", "running") for job in self.jobs.values())
-        for job in self.jobs.values():
+        for job in list(self.jobs.values()):
             if busy >= self.options.slots:
                 return
             if job.state == "assigned":
@@ -519,6 +543,7 @@ class Worker:
     def _let_go(self, job: Job) -> None:
         """The server has the result, or does not want it: whatever is left of the attempt goes."""
         del self.jobs[job.key]
+        job.stopped.set()
         job.ended.set()
         self._to_remove[job.container] = None
         self._ask()
@@ -537,12 +562,25 @@ class Worker:
         if not any(fnmatch.fnmatchcase(config["image"], glob) for glob in self.options.allow_image or ["*"]):
             self._fail(job, "refused", f"this worker does not run {config['image']}: see its --allow-image")
             return
-        if await self._has_image(job, config):
-            job.config, job.started = config, time.monotonic()
-            output, drain = self._pipe(job)
-            code = await self.docker.run(command, output)
-            drain()
+        try:
+            await self._run_container(job, config, command)
+        except EngineAway as error:
+            self._fail(job, "docker", str(error))
+
+    async def _run_container(self, job: Job, config: dict[str, Any], command: "Command") -> None:
+        if not await self._has_image(job, config):
+            return
+        if job.stopped.is_set():
+            self._fail(job, job.stop_reason or "cancelled", "stopped before it started")
+            return
+        job.config, job.started = config, time.monotonic()
+        output, drain = self._pipe(job)
+        code = await self.docker.run(command, output)
+        drain()
+        if job.key in self.jobs:
             await self._conclude(job, config["image"], code)
+        else:  # let go meanwhile, perhaps before there was a container to remove
+            self._to_remove[job.container] = None
 
     def _command(self, config: dict[str, Any], job: Job) -> "Command":
         labels = {"jobworker.job": str(job.id), "jobworker.attempt": str(job.attempt), "jobworker.name": job.name}
@@ -563,29 +601,35 @@ class Worker:
         return {"jobworker.server": str(self.server_id), "jobworker.worker": self.name}
 
     async def _has_image(self, job: Job, config: dict[str, Any]) -> bool:
-        """Pull the image where the policy asks for it; False where the attempt ended over it."""
+        """Have the image here, as the policy says; False where the attempt ended over it."""
         image, policy = config["image"], config.get("pull_policy", "missing")
         if policy == "never" or (policy == "missing" and image in self.images):
             return True
-        if policy == "missing" and await self.docker.has_image(image):
-            self.images.add(image)
-            return True
-        pull = asyncio.ensure_future(self.docker("pull", "--quiet", "--", image))
-        ended = asyncio.ensure_future(job.ended.wait())
-        limit = config.get("pull_timeout") or PULL_TIMEOUT_SECONDS
-        await asyncio.wait([pull, ended], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        ended.cancel()
-        if not pull.done():
+        pull = asyncio.ensure_future(self._pull(image, policy))
+        stopped = asyncio.ensure_future(job.stopped.wait())
+        limit = config.get("pull_timeout", PULL_TIMEOUT_SECONDS)
+        await asyncio.wait([pull, stopped], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if pull.done():
+            error = pull.result()
+        else:
             pull.cancel()
-            why = "was stopped" if job.stop_reason else f"took more than {limit} s"
-            self._fail(job, job.stop_reason or "image", f"pulling {image} {why}")
-            return False
-        code, _out, err = pull.result()
-        if code:
-            self._fail(job, job.stop_reason or "image", err.strip())
-            return False
-        self.images.add(image)
-        return True
+            error = f"pulling {image} " + ("was stopped" if job.stop_reason else f"took more than {limit} s")
+        if error:
+            self._fail(job, job.stop_reason or "image", error)
+        return not error
+
+    async def _pull(self, image: str, policy: str) -> str:
+        """Pull an image, once for all jobs that wait for it; what docker says where it can't."""
+        async with self._pulling[image]:
+            if policy == "missing" and (image in self.images or await self.docker.has_image(image)):
+                self.images.add(image)
+                return ""
+            code, out, err = await self.docker("pull", "--quiet", "--", image)
+            if code == 0:
+                self.images.add(image)
+                return ""
+            return err.strip() or out.strip() or f"docker pull ended with exit code {code}"
 
     def _pipe(self, job: Job) -> tuple[int, Callable[[], None]]:
         """Give a pipe's end for a command to write a job's output to, and what reads the last of it."""
@@ -620,6 +664,8 @@ class Worker:
             await self._follow(job)  # the docker command ended, the container did not
             state = await self.docker.state(job.container)
         if state:
+            if state.get("Status") == "created":  # a request to start it may still be on its way
+                await self.docker.remove([job.container])
             code, reason = read_state(state)
         else:
             reason = "docker" if code >= 125 or code < 0 else "exit"
@@ -634,16 +680,23 @@ class Worker:
             self._end(job, JobFailure(*job.key, code, reason))
 
     async def _follow(self, job: Job) -> None:
-        """Read a running container's output again from its start, until it has ended."""
-        job.output.read_again()
-        output, drain = self._pipe(job)
-        try:
-            await asyncio.gather(self.docker.follow(job.container, output), self.docker.insist("wait", job.container))
-        finally:
-            os.close(output)
-            drain()
+        """Read a container's output again from its start, until it has ended."""
+        whole = False
+        while not whole:
+            job.output.read_again()
+            output, drain = self._pipe(job)
+            try:
+                whole = await self.docker.follow(job.container, output)
+            finally:
+                os.close(output)
+                drain()
+            if not whole:  # the command was killed, or the engine is away: a container that is gone has no state
+                whole = await self.docker.state(job.container) is None
+                await asyncio.sleep(ENGINE_RETRY_SECONDS)
+        await self.docker.insist("wait", job.container)
 
     def _fail(self, job: Job, reason: str, detail: str) -> None:
+        """End an attempt that has no exit code, saying in its log why."""
         job.output.add(f"jobworker: {detail}\n".encode())
         self._end(job, JobFailure(*job.key, None, reason))
 
@@ -652,6 +705,7 @@ class Worker:
         if job.result or job.stop_reason:
             return
         job.stop_reason = reason
+        job.stopped.set()
         if job.state == "running":
             self._spawn(self._stop_container(job))
 
@@ -672,6 +726,8 @@ class Worker:
             if version == 1 or state == "created":  # a surviving `docker run` might start it yet
                 await self.docker.remove([container])
                 continue
+            if (id_, attempt) in self.jobs:
+                continue
             job = Job(id_, attempt, name, container)
             self.jobs[job.key] = job
             log.info("job %d: found its container, %s", id_, state)
@@ -681,8 +737,11 @@ class Worker:
         state = await self.docker.state(job.container)
         if state:
             job.started = time.monotonic() - seconds_since(str(state.get("StartedAt")))
-        await self._follow(job)
-        await self._conclude(job, "", 1)
+        try:
+            await self._follow(job)
+            await self._conclude(job, self._config(job).get("image", ""), 1)
+        except EngineAway as error:
+            self._fail(job, "docker", str(error))
 
     async def _keep_clean(self) -> None:
         """Remove containers whose results are settled, some in one call, and now and then those nobody knows."""

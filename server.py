@@ -30,6 +30,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -40,7 +41,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import formatdate
@@ -271,6 +272,8 @@ class Dispatcher:
         except protocol.ProtocolError as error:
             log.warning("worker at %s: %s; closing its connection", address(socket), error)
             await socket.close(CloseCode.INVALID_DATA, str(error).encode()[:120].decode(errors="ignore"))
+        except TimeoutError:
+            await socket.close(CloseCode.POLICY_VIOLATION, f"no Hello within {HELLO_SECONDS} s")
         except (ConnectionClosed, StoreError):
             pass  # reported by _detach, or by the store
 
@@ -736,10 +739,8 @@ class Connection(BaseHTTPRequestHandler):
             self.connection.sendall(b"0\r\n\r\n" * chunked)
 
     def _client_is_gone(self) -> bool:
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def _linger(self) -> None:
         """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
@@ -1443,6 +1444,7 @@ class Server:
             self.dispatcher.serve,
             sock=listener,
             subprotocols=[Subprotocol(VERSION_2)],
+            select_subprotocol=select_version,
             origins=[None],
             process_request=self.access.check_runner,
             process_response=self._introduce,
@@ -1537,6 +1539,10 @@ class Server:
 
     def _ignore(self, _result: object) -> None:
         """Errors of the database have been logged by the store."""
+
+
+def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
+    return Subprotocol(VERSION_2) if VERSION_2 in offered else None
 
 
 def quiet_logger() -> logging.Logger:
