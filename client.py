@@ -556,7 +556,7 @@ class Worker:
             if config is None:
                 raise ValueError(f"the server sent no configuration for {job.name}")
             command = self._command(config, job)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # another server's may be of any form
             self._fail(job, "config", str(error))
             return
         if not any(fnmatch.fnmatchcase(config["image"], glob) for glob in self.options.allow_image or ["*"]):
@@ -564,7 +564,7 @@ class Worker:
             return
         try:
             await self._run_container(job, config, command)
-        except EngineAway as error:
+        except (EngineAway, OSError) as error:  # also: more arguments than the system takes
             self._fail(job, "docker", str(error))
 
     async def _run_container(self, job: Job, config: dict[str, Any], command: "Command") -> None:
@@ -575,8 +575,10 @@ class Worker:
             return
         job.config, job.started = config, time.monotonic()
         output, drain = self._pipe(job)
-        code = await self.docker.run(command, output)
-        drain()
+        try:
+            code = await self.docker.run(command, output)
+        finally:
+            drain()
         if job.key in self.jobs:
             await self._conclude(job, config["image"], code)
         else:  # let go meanwhile, perhaps before there was a container to remove
@@ -605,7 +607,7 @@ class Worker:
         image, policy = config["image"], config.get("pull_policy", "missing")
         if policy == "never" or (policy == "missing" and image in self.images):
             return True
-        pull = asyncio.ensure_future(self._pull(image, policy))
+        pull = asyncio.ensure_future(self._pull(image, policy, config.get("platform")))
         stopped = asyncio.ensure_future(job.stopped.wait())
         limit = config.get("pull_timeout", PULL_TIMEOUT_SECONDS)
         await asyncio.wait([pull, stopped], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
@@ -619,13 +621,13 @@ class Worker:
             self._fail(job, job.stop_reason or "image", error)
         return not error
 
-    async def _pull(self, image: str, policy: str) -> str:
+    async def _pull(self, image: str, policy: str, platform: str | None) -> str:
         """Pull an image, once for all jobs that wait for it; what docker says where it can't."""
         async with self._pulling[image]:
             if policy == "missing" and (image in self.images or await self.docker.has_image(image)):
                 self.images.add(image)
                 return ""
-            code, out, err = await self.docker("pull", "--quiet", "--", image)
+            code, out, err = await self.docker("pull", "--quiet", *option("--platform", platform), "--", image)
             if code == 0:
                 self.images.add(image)
                 return ""
@@ -657,18 +659,15 @@ class Worker:
         loop.add_reader(reading, read)
         return writing, drain
 
-    async def _conclude(self, job: Job, image: str, code: int) -> None:
-        """Find out how an attempt ended, where `docker run` or `docker wait` gave an exit code."""
-        state = await self.docker.state(job.container) if code else None
-        while state and state.get("Status") in ("running", "paused", "restarting"):
-            await self._follow(job)  # the docker command ended, the container did not
-            state = await self.docker.state(job.container)
-        if state:
-            if state.get("Status") == "created":  # a request to start it may still be on its way
-                await self.docker.remove([job.container])
-            code, reason = read_state(state)
-        else:
-            reason = "docker" if code >= 125 or code < 0 else "exit"
+    async def _conclude(self, job: Job, image: str, code: int | None) -> None:
+        """Find out how an attempt ended; code: what `docker run` exited with, None where it was not ours."""
+        state = await self.docker.state(job.container) if code != 0 else None
+        while state and (is_running(state) or (code is not None and has_other_code(state, code))):
+            await self._follow(job)  # the command was killed: the container, or its output, went on
+            state, code = await self.docker.state(job.container), None
+        if state and state.get("Status") == "created":  # a request to start it may still be on its way
+            await self.docker.remove([job.container])
+        code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self.docker.has_image(image):
             self.images.discard(image)
             reason = "image"
@@ -739,7 +738,7 @@ class Worker:
             job.started = time.monotonic() - seconds_since(str(state.get("StartedAt")))
         try:
             await self._follow(job)
-            await self._conclude(job, self._config(job).get("image", ""), 1)
+            await self._conclude(job, self._config(job).get("image", ""), None)
         except EngineAway as error:
             self._fail(job, "docker", str(error))
 
@@ -827,6 +826,8 @@ FLAGS = {
 # The engine's own default has no bound.
 LOG_FLAGS = ["--log-driver", "json-file", "--log-opt", "max-size=10m", "--log-opt", "max-file=3"]
 
+WORD_LIMIT_BYTES = 128 * 1024  # Linux's MAX_ARG_STRLEN
+
 # Variables that would change the docker command or what it is made of and starts: Go, the loader, ssh, credentials.
 DOCKERS_OWN_VARIABLE = re.compile(
     r"PATH|HOME|USER|LOGNAME|PWD|SHELL|TERM|TZ|TMPDIR|LANG|LC_.*|COLUMNS|NO_COLOR|ENV|BASH_.*|IFS|LD_.*|DYLD_.*"
@@ -869,6 +870,9 @@ def docker_run_command(
     arguments += ["--env-file", "/dev/stdin"] * bool(filed)
     arguments += option("--env", [name for name in everything if name not in filed])
     arguments += [*config.get("options", []), "--", config["image"], *tail]
+    for text in (*arguments, *everything, *values.values()):
+        if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text) or len(text.encode()) >= WORD_LIMIT_BYTES:
+            raise ValueError(f"{text!r:.60} can be no argument and no variable: no text, too long, or with a NUL in it")
     stdin = "".join(file_line(name, values.pop(name)) for name in filed)
     return Command(arguments, values, stdin)
 
@@ -892,6 +896,21 @@ def file_line(name: str, value: str) -> str:
     if "\n" in value or "\r" in value:
         raise ValueError(f"{name} must be one line: docker has a variable of that name itself, so it goes by a file")
     return f"{name}={value}\n"
+
+
+def is_running(state: dict[str, Any]) -> bool:
+    return state.get("Status") in ("running", "paused", "restarting")
+
+
+def has_other_code(state: dict[str, Any], code: int) -> bool:
+    return state.get("Status") != "created" and state.get("ExitCode") != code
+
+
+def exit_of_command(code: int | None) -> tuple[int | None, str]:
+    """Give the exit code and the failure's reason where `docker inspect` says nothing and `docker run`'s own counts."""
+    if code is None or code < 0:
+        return None, "docker"
+    return code, "docker" if code >= 125 else "exit"
 
 
 def read_state(state: dict[str, Any]) -> tuple[int, str]:

@@ -815,7 +815,7 @@ class Access:
         """Whether a request with this Authorization header may use "api" or "worker"; all may where no token is set."""
         tokens = self.tokens[scope]
         scheme, _, value = (authorization or "").partition(" ")
-        given = value.strip().encode() if scheme.lower() == "bearer" else b""
+        given = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
         return not tokens or sum(hmac.compare_digest(given, token.encode()) for token in tokens) > 0
 
     def check_runner(self, connection: ServerConnection, request: websockets.http11.Request) -> Any:
@@ -916,14 +916,14 @@ class Api:
 
     def post_job(self, request: Request, name: str) -> Response:
         query = request.query("wait", "full")
-        body = read_json(request.body) if request.body else {}
-        job = self._new_job(name, body, idempotency_key(request), "")
+        wait, full = seconds(query, "wait"), flag(query, "full")
+        job = self._new_job(name, read_json(request.body) if request.body else {}, idempotency_key(request), "")
         self._check_workers()
         (id_,) = self._do(store.add, [job], time.time())
-        if query:
-            row = self._wait(id_, seconds(query, "wait"))
-            return Response(as_json(self.show(row) if "full" in query else job_json(id_, name, row["state"])))
-        return Response(as_json(job_json(id_, name, "queued")))
+        if not wait and not full:
+            return Response(as_json(job_json(id_, name, "queued")))
+        row = self._wait(id_, wait)
+        return Response(as_json(self.show(row) if full else job_json(id_, name, row["state"])))
 
     def post_jobs(self, request: Request) -> Response:
         request.query()
@@ -932,7 +932,7 @@ class Api:
             raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
         key = idempotency_key(request)
         jobs = [
-            self._new_job(item.get("name"), item, f"{key}/{number}" if key else None, f"item {number}: ")
+            self._new_job(item.pop("name", None), item, f"{key}/{number}" if key else None, f"item {number}: ")
             for number, item in enumerate(items)
         ]
         self._check_workers()
@@ -958,7 +958,7 @@ class Api:
     def _checked(self, config: JobConfig, body: object, key: str | None) -> NewJob:
         if not isinstance(body, dict):
             raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
-        for unknown in body.keys() - {"name", "environment", "priority", "delay"}:
+        for unknown in body.keys() - {"environment", "priority", "delay"}:
             raise ValueError(f"no key {unknown!r} here; there are: environment, priority, delay")
         priority, delay = body.get("priority", config.priority), body.get("delay", 0)
         if type(priority) is not int or abs(priority) >= 2**31:
@@ -974,7 +974,7 @@ class Api:
 
     def get_jobs(self, request: Request) -> Response:
         query = request.query("state", "name", "limit", "after", "before", "full")
-        states = [state for state in query.get("state", "").split(",") if state]
+        states = list(dict.fromkeys(state for state in query.get("state", "").split(",") if state))
         for state in states:
             if state not in store.STATES:
                 raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {state!r}; there are: {', '.join(store.STATES)}")
@@ -983,7 +983,7 @@ class Api:
         if before is not None and limit is None:
             raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
         pages = self._pages(states, query.get("name"), after, before, limit)
-        return Response(self._list(pages, "full" in query))
+        return Response(self._list(pages, flag(query, "full")))
 
     def _pages(
         self, states: list[str], name: str | None, after: int, before: int | None, limit: int | None
@@ -1099,7 +1099,7 @@ class Api:
         offset, tail = integer(query, "offset", 0, 2**62) or 0, integer(query, "tail", 0, MAX_JOB_ID)
         if tail is not None:
             offset = max(offset, self._do(store.tail_offset, row["id"], attempt, tail))
-        follow = query.get("follow", "0") not in ("", "0", "false")
+        follow = flag(query, "follow")
         pieces = self._follow(row["id"], attempt, offset) if follow else self._read_log(row["id"], attempt, offset)
         return Response(pieces, content_type="text/plain; charset=utf-8")
 
@@ -1129,7 +1129,7 @@ class Api:
     # Workers, events, health
 
     def get_workers(self, request: Request) -> Response:
-        full = "full" in request.query("full")
+        full = flag(request.query("full"), "full")
         workers = sorted(self.dispatcher.workers.values(), key=lambda worker: worker.id)
         return Response(as_json([worker.as_json() if full else worker_json(worker) for worker in workers]))
 
@@ -1244,9 +1244,16 @@ def integer(query: dict[str, str], name: str, low: int, high: int) -> int | None
     return int(text)
 
 
+def flag(query: dict[str, str], name: str) -> bool:
+    text = query.get(name, "0")
+    if text not in ("0", "1"):
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be 0 or 1")
+    return text == "1"
+
+
 def seconds(query: dict[str, str], name: str) -> float:
     text = query.get(name, "0")
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})?", text) or float(text) > MAX_WAIT_SECONDS:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,30})?(e-[0-9]{1,3})?", text) or float(text) > MAX_WAIT_SECONDS:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be a number of seconds from 0 to {MAX_WAIT_SECONDS}")
     return float(text)
 
