@@ -559,7 +559,7 @@ class Worker:
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # another server's may be of any form
             self._fail(job, "config", str(error))
             return
-        if not any(fnmatch.fnmatchcase(config["image"], glob) for glob in self.options.allow_image or ["*"]):
+        if not self._allows(config):
             self._fail(job, "refused", f"this worker does not run {config['image']}: see its --allow-image")
             return
         try:
@@ -583,6 +583,11 @@ class Worker:
             await self._conclude(job, config["image"], code)
         else:  # let go meanwhile, perhaps before there was a container to remove
             self._to_remove[job.container] = None
+
+    def _allows(self, config: dict[str, Any]) -> bool:
+        globs = self.options.allow_image
+        words_alone = all(word.startswith("-") and word != "--" for word in config.get("options", []))
+        return not globs or (words_alone and any(fnmatch.fnmatchcase(config["image"], glob) for glob in globs))
 
     def _command(self, config: dict[str, Any], job: Job) -> "Command":
         labels = {"jobworker.job": str(job.id), "jobworker.attempt": str(job.attempt), "jobworker.name": job.name}
@@ -670,7 +675,7 @@ class Worker:
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self.docker.has_image(image):
             self.images.discard(image)
-            reason = "image"
+            code, reason = None, "image"
         if job.stop_reason:
             self._end(job, JobFailure(*job.key, code, job.stop_reason))
         elif code == 0:
@@ -913,14 +918,12 @@ def exit_of_command(code: int | None) -> tuple[int | None, str]:
     return code, "docker" if code >= 125 else "exit"
 
 
-def read_state(state: dict[str, Any]) -> tuple[int, str]:
+def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     """Give the exit code and the failure's reason from `docker inspect`'s State of a container that does not run."""
+    if state.get("Status") == "created" or str(state.get("StartedAt")).startswith("0001-"):
+        return None, "docker"  # it never started
     code = int(state.get("ExitCode") or 0)
-    if state.get("OOMKilled"):
-        return code or 137, "oom"
-    if state.get("Status") == "created" or state.get("Error"):
-        return code or 125, "docker"  # it never started
-    return code, "exit"
+    return (code or 137, "oom") if state.get("OOMKilled") else (code, "exit")
 
 
 def seconds_since(moment: str) -> float:

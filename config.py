@@ -359,7 +359,7 @@ def _options(node: yaml.Node) -> tuple[str, ...]:
         placed = [(node, word) for word in shlex.split(_COMMAND_LINE(node))]
     rest = iter(placed)
 
-    def check(option: tuple[yaml.Node, str]) -> None:
+    def read(option: tuple[yaml.Node, str]) -> str:
         place, word = option
         if not re.match("--[a-z]|-[A-Za-z]", word):
             raise _error(place, f"{_show(word)} is no option: docker would take it for the image")
@@ -367,12 +367,13 @@ def _options(node: yaml.Node) -> tuple[str, ...]:
             value = next(rest, (place, None))[1]
             if value is None:
                 raise _error(place, f"{word} needs a value")
-            word = f"{word} {value}"
+            word = f"{word}={value}"  # one word, so that none of them can be the image
         if _REFUSED_OPTION.match(word):
             raise _error(place, f"{_show(word)} is not allowed: jobworker relies on its own setting")
 
-    _each(rest, check)
-    return tuple(word for _, word in placed)
+        return word
+
+    return tuple(_each(rest, read))
 
 
 def _parameter(node: yaml.Node) -> Parameter:

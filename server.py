@@ -397,7 +397,14 @@ class Dispatcher:
         now = time.monotonic()
         for worker_id in [worker_id for worker_id, deadline in self.away.items() if deadline <= now]:
             del self.away[worker_id]
-            self.store.tell(self._report, store.lose, worker_id, time.time(), self.configs.retry_delay)
+            lost = functools.partial(self._lost, worker_id)
+            self.store.tell(lost, store.lose, worker_id, time.time(), self.configs.retry_delay)
+
+    def _lost(self, worker_id: int, result: int | Exception) -> None:
+        if isinstance(result, Exception):  # the next tick tries again
+            self._report(result)
+            if worker_id not in self.workers:
+                self.away.setdefault(worker_id, 0)
 
     def dispatch(self) -> None:
         """Have free slots filled; one claim is under way at a time."""

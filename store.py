@@ -116,10 +116,11 @@ ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, s
 EXPECTED_WORKERS = "SELECT id, name FROM worker WHERE expected = 1"
 CLAIM = "UPDATE job SET state = :to_state, worker = :worker, attempt = :attempt WHERE id = :id AND state = :from_state"
 START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
+_ENDED = "RETURNING id, name, state, created_at, started_at, finished_at"
 FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = :reason, finished_at = :now
-    WHERE {_GUARD} RETURNING id, name, state, created_at, started_at, finished_at"""
-CANCEL_QUEUED = """UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
-    WHERE id = :id AND state = :from_state"""
+    WHERE {_GUARD} {_ENDED}"""
+CANCEL_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
+    WHERE id = :id AND state = :from_state {_ENDED}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
     started_at = NULL, log_bytes = 0 WHERE {_GUARD}"""
 KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finished_at, exit_code, reason, log_bytes)
@@ -401,18 +402,22 @@ def _explain(path: str, error: sqlite3.Error) -> str:
     return f"{path}: can't use it as the database: {error}"
 
 
-def _move(db: Database, statement: str, event: str, from_state: str, job: int, **values: Any) -> sqlite3.Row | bool:
-    """Move a job along TRANSITIONS with a guarded statement; the row it returns, True, or False for a stale move."""
+def _move(db: Database, statement: str, event: str, from_state: str, job: int, **values: Any) -> bool:
+    """Move a job along TRANSITIONS with a guarded statement; False for a stale move, which changes nothing."""
     to_state = TRANSITIONS[from_state, event]
     cursor = db.execute(statement, {"id": job, "from_state": from_state, "to_state": to_state, **values})
-    row = cursor.fetchone() if statement is FINISH else None
-    if row is None and cursor.rowcount < 1:
-        return False
-    db.moved[from_state] -= 1
-    db.moved[to_state] += 1
-    db.changed.add(job)
-    db.ready = db.ready or to_state not in ("assigned", "running")
-    return row or True
+    if to_state in FINAL_STATES:
+        ended = [Finished(*row) for row in cursor]
+        db.finished += ended
+        moved = bool(ended)
+    else:
+        moved = cursor.rowcount == 1
+    if moved:
+        db.moved[from_state] -= 1
+        db.moved[to_state] += 1
+        db.changed.add(job)
+        db.ready = db.ready or to_state not in ("assigned", "running")
+    return moved
 
 
 # Jobs come in
@@ -498,10 +503,10 @@ def start(db: Database, worker: int, job: int, attempt: int, now: float) -> bool
 def succeed(db: Database, worker: int, job: int, attempt: int, now: float) -> bool:
     """Note that an attempt's container exited 0; False for a stale message."""
     values = {"attempt": attempt, "worker": worker, "now": now, "exit_code": 0, "reason": None}
-    if _finish(db, "succeed", job, values):
+    if _move(db, FINISH, "succeed", "running", job, **values):
         return True
     # A version 1 worker may end what it never said to have started.
-    return start(db, worker, job, attempt, now) and _finish(db, "succeed", job, values)
+    return start(db, worker, job, attempt, now) and _move(db, FINISH, "succeed", "running", job, **values)
 
 
 def fail(
@@ -522,21 +527,14 @@ def _end_attempt(
 ) -> None:
     values = {"attempt": row["attempt"], "worker": row["worker"], "now": now, "exit_code": exit_code, "reason": reason}
     if row["cancelling"]:
-        _finish(db, "cancel", row["id"], {**values, "reason": "cancelled"})
+        _move(db, FINISH, "cancel", "running", row["id"], **{**values, "reason": "cancelled"})
         return
     delay = retry(row["name"], row["failures"] + 1)
     if delay is None:
-        _finish(db, event, row["id"], values)
+        _move(db, FINISH, event, "running", row["id"], **values)
         return
     db.execute(KEEP_ATTEMPT, {"id": row["id"], "now": now, "exit_code": exit_code, "reason": reason})
     _requeue(db, row, "retry", row["failures"] + 1, now + delay)
-
-
-def _finish(db: Database, event: str, job: int, values: dict[str, Any]) -> bool:
-    row = _move(db, FINISH, event, "running", job, **values)
-    if isinstance(row, sqlite3.Row):
-        db.finished.append(Finished(*row))
-    return bool(row)
 
 
 def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_before: float | None) -> None:
@@ -616,7 +614,7 @@ def cancel(db: Database, job: int, now: float) -> sqlite3.Row:
         db.execute(SET_CANCELLING, (job,))
         db.changed.add(job)
     else:
-        _move(db, CANCEL_QUEUED, "cancel", row["state"], job, reason="cancelled", now=now)
+        _move(db, CANCEL_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
     return row
 
 

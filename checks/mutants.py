@@ -1,0 +1,288 @@
+"""Breaks the code on purpose, one line at a time, and sees that a test goes red each time.
+
+A mutant is an exact piece of source and what stands there instead, and the tests that guard it (as for `pytest -k`).
+Each runs in a copy of the tree. A piece that is not there exactly once is a stale mutant: the code has moved on, and so
+must this list. Exit 1 where a mutant survived, is stale, or has no tests.
+
+    python checks/mutants.py                 all of them
+    python checks/mutants.py grace origin    those whose name holds one of the words
+"""
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("*.py", "*.html", "*.yaml", "*.toml", "checks", "deploy")
+TIMEOUT_SECONDS = 180
+RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
+NO_TESTS_COLLECTED = 5
+
+
+@dataclass(frozen=True)
+class Mutant:
+    name: str
+    file: str
+    tests: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    # the store: what is answered is on disk, and only what fits the state is taken
+    Mutant(
+        "group commit: results before their commit",
+        "store.py",
+        "Store or Promise01 or Promise11 or on_disk",
+        "            database.commit()\n",
+        "            self._hand_out(group, results)\n            database.commit()\n            return True\n",
+    ),
+    Mutant("durability", "store.py", "Store or Promise01", "PRAGMA synchronous = FULL", "PRAGMA synchronous = NORMAL"),
+    Mutant(
+        "one server a database",
+        "store.py",
+        "a_database_has_one_server",
+        "PRAGMA locking_mode = EXCLUSIVE",
+        "PRAGMA locking_mode = NORMAL",
+    ),
+    Mutant("guard on the attempt", "store.py", "Store or Version2Worker", "AND attempt = :attempt AND", "AND"),
+    Mutant("guard on the worker", "store.py", "Store or Version2Worker", "AND worker = :worker AND state", "AND state"),
+    Mutant(
+        "guard on the state",
+        "store.py",
+        "Store or Version2Worker or never_changes",
+        ':worker AND state = :from_state"',
+        ':worker"',
+    ),
+    Mutant(
+        "guard of a failure",
+        "store.py",
+        "Store or Version2Worker",
+        "    if not start(db, worker, job, attempt, now):\n",
+        "    if start(db, worker, job, attempt, now) is None:\n",
+    ),
+    Mutant("cancelled, not failed", "store.py", "Store or cancel", 'if row["cancelling"]:', "if False:"),
+    Mutant(
+        "unstarted is queued again",
+        "store.py",
+        "Store or an_unstarted_job or did_not_start",
+        '        if row["state"] == "assigned":\n            _requeue(',
+        "        if False:\n            _requeue(",
+    ),
+    Mutant(
+        "what its worker forgot is lost",
+        "store.py",
+        "Store or no_longer_knows",
+        "        else:\n            _lose(",
+        "        elif False:\n            _lose(",
+    ),
+    Mutant("priority", "store.py", "Store or higher_priority", '(-job["priority"], job["id"])', 'job["id"]'),
+    Mutant("a log is kept once", "store.py", "Store or kept_once or twice", "if offset < have:", "if False:"),
+    Mutant(
+        "a log has a limit",
+        "store.py",
+        "Store or Promise05",
+        "if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:",
+        "if False:",
+    ),
+    # the server: retries, grace, strangers, framing
+    Mutant("retries' bound", "server.py", "tried_again", "failures > job.retries", "failures > job.retries + 1"),
+    Mutant("retries' backoff", "server.py", "tried_again", "job.retry_delay * 2.0 **", "job.retry_delay * 0.0 **"),
+    Mutant(
+        "concurrency",
+        "server.py",
+        "than_its_concurrency",
+        "self.store.tell(self._claimed, store.claim, offers, self.configs.limits)",
+        "self.store.tell(self._claimed, store.claim, offers, {})",
+    ),
+    Mutant("tags", "server.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
+    Mutant(
+        "grace",
+        "server.py",
+        "within_its_grace or Promise03",
+        "time.monotonic() + (0 if leaves else self.grace)",
+        "time.monotonic()",
+    ),
+    Mutant(
+        "grace after a start",
+        "server.py",
+        "Promise02 or Promise03 or restart",
+        "time.monotonic() + (0 if gone else self.grace)",
+        "time.monotonic()",
+    ),
+    Mutant("lost after the grace", "server.py", "never_comes_back", "if deadline <= now", "if False"),
+    Mutant(
+        "stop is said again",
+        "server.py",
+        "repeated_to_a_worker",
+        "            if held.cancelling:\n",
+        "            if False:\n",
+    ),
+    Mutant("the stale is settled", "server.py", "stale", "else Settled)(job, attempt)", "else Go)(job, attempt)"),
+    Mutant("Origin", "server.py", "another_site", "if not page and (foreign or", "if not page and (False or"),
+    Mutant("Origin of a worker", "server.py", "cannot_be_a_worker", "origins=[None]", "origins=None"),
+    Mutant("Host", "server.py", "Strangers", "and not self._knows(host)", "and False"),
+    Mutant("token", "server.py", "Strangers", "return not tokens or", "return True or"),
+    Mutant(
+        "framing: a header twice",
+        "server.py",
+        "FramingAttacks",
+        "if name in headers and name in SINGLE_HEADERS:",
+        "if False:",
+    ),
+    Mutant("framing: chunked bodies", "server.py", "FramingAttacks", 'if "transfer-encoding" in headers:', "if False:"),
+    Mutant(
+        "framing: digits", "server.py", "FramingAttacks", 're.fullmatch("[0-9]{1,18}", length)', "length.isprintable()"
+    ),
+    # the worker: two phases, the outbox, what a former life left
+    Mutant(
+        "two phases: no start without Go",
+        "client.py",
+        "before_go or instead",
+        "            self._send(JobRunning(*job.key))\n",
+        "            self._send(JobRunning(*job.key))\n            self._start(job, self._run(job))\n",
+    ),
+    Mutant(
+        "kept until Settled",
+        "client.py",
+        "until_it_is_settled or on_the_next_connection",
+        "        connection.send(job.result)\n",
+        "        connection.send(job.result)\n        self._let_go(job)\n",
+    ),
+    Mutant(
+        "the sweep at the start",
+        "client.py",
+        "adopts or meanwhile",
+        "container, name in await self.docker.containers(self._labels):",
+        "container, name in ():",
+    ),
+    Mutant(
+        "what was only created",
+        "client.py",
+        "between_the_creation_and_the_start",
+        'version == 1 or state == "created"',
+        "version == 1",
+    ),
+    Mutant(
+        "the floor of the backoff", "client.py", "frenzy", "BACKOFF_FLOOR_SECONDS = 0.25", "BACKOFF_FLOOR_SECONDS = 0.0"
+    ),
+    Mutant(
+        "the log after a new connection",
+        "client.py",
+        "Promise05",
+        "            job.output.resend()\n",
+        "            pass\n",
+    ),
+    Mutant(
+        "a killed docker",
+        "client.py",
+        "killed_docker",
+        "code == 0 or (code > 0 and not",
+        "code <= 0 or (code > 0 and not",
+    ),
+    Mutant(
+        "a secret is no argument",
+        "client.py",
+        "no_argument_of_docker",
+        'option("--env", [name for name in everything if name not in filed])',
+        'option("--env", [f"{name}={everything[name]}" for name in everything if name not in filed])',
+    ),
+    Mutant(
+        "allowed images",
+        "client.py",
+        "does_not_allow",
+        "if not any(fnmatch.fnmatchcase(",
+        "if False and not any(fnmatch.fnmatchcase(",
+    ),
+    Mutant("the timeout", "client.py", "past_its_timeout", "job.started + timeout", "job.started + timeout + 1e9"),
+    # the wire
+    Mutant(
+        "a name in code points",
+        "protocol.py",
+        "Frames",
+        "len(name)) + name.encode()",
+        "len(name.encode())) + name.encode()",
+    ),
+    Mutant("a name as long as told", "protocol.py", "Frames", "if len(name) != length:", "if False:"),
+    Mutant("no batch in a batch", "protocol.py", "Frames", "if frames[-1][:1] == bytes([_BATCH]):", "if False:"),
+    Mutant("raw UTF-8", "protocol.py", "Frames", "json.dumps(value, ensure_ascii=False, sep", "json.dumps(value, sep"),
+)
+
+
+def copy_tree(folder: Path) -> None:
+    for pattern in SOURCES:
+        for path in ROOT.glob(pattern):
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy2(path, folder)
+
+
+def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
+    """Give pytest's exit code, None where it had to be ended, and the first test that went red."""
+    words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", tests]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    with subprocess.Popen(
+        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # so that it still ends what it started
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+            process.kill()
+            return None, f"no end within {TIMEOUT_SECONDS} s"
+    red = RED.search(output)
+    return process.returncode, red[1] if red else output.strip().rpartition("\n")[2]
+
+
+def try_mutant(folder: Path, mutant: Mutant) -> tuple[bool, str]:
+    """Break the copy, run the tests, mend it; whether a test noticed, and which."""
+    path = folder / mutant.file
+    source = path.read_text()
+    if source.count(mutant.old) != 1:
+        return False, f"stale mutant: its piece of {mutant.file} is there {source.count(mutant.old)} times"
+    path.write_text(source.replace(mutant.old, mutant.new))
+    try:
+        code, told = run_tests(folder, mutant.tests)
+    finally:
+        path.write_text(source)
+    if code == NO_TESTS_COLLECTED:
+        return False, f"no tests match {mutant.tests!r}"
+    return code != 0, "SURVIVED" if code == 0 else told
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose name holds one of these")
+    words = parser.parse_args().words
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    survivors = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as name:
+        folder = Path(name)
+        copy_tree(folder)
+        code, told = run_tests(folder, " or ".join(sorted({mutant.tests for mutant in chosen})))
+        if code != 0:
+            print(f"the tests are red before anything is broken: {told}")
+            return 1
+        for mutant in chosen:
+            begin = time.monotonic()
+            noticed, told = try_mutant(folder, mutant)
+            survivors += not noticed
+            print(f"{mutant.name:50} {time.monotonic() - begin:4.0f} s  {'' if noticed else '! '}{told}", flush=True)
+    print(f"{len(chosen) - survivors} of {len(chosen)} mutants were noticed")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
