@@ -239,6 +239,7 @@ class Dispatcher:
         self.away: dict[int, float] = {}  # worker id: when it is lost, on the monotonic clock
         self.changed_workers: dict[int, dict[str, Any]] = {}
         self.store: Store
+        self.has_room = False  # whether a commit that makes jobs ready is worth waking for; read by the store's thread
         self._claiming = False
         self._claim_again = False
         self._closing: set[asyncio.Future[None]] = set()
@@ -416,6 +417,7 @@ class Dispatcher:
             for worker in self.workers.values()
             if (free := worker.slots - len(worker.jobs)) > 0
         ]
+        self.has_room = bool(offers)
         if offers:
             self._claiming = True
             self.store.tell(self._claimed, store.claim, offers, self.configs.limits)
@@ -812,10 +814,12 @@ class Access:
 
     def _knows(self, host: str) -> bool:
         name = re.sub(r":[0-9]*$", "", host).lower()
+        if name in self.hosts:
+            return True
         try:
             ipaddress.ip_address(name.strip("[]"))
         except ValueError:
-            return name in self.hosts
+            return False
         return True  # a page can give its own name another address, but can't have an address for a name
 
     def allows(self, scope: str, authorization: str | None) -> bool:
@@ -1433,18 +1437,19 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[int] = self.loop.create_future()
         self.metrics = Metrics()
-        self.changed: set[int] = set()
         self.dispatcher = Dispatcher(Configs(jobs), options.grace)
-        self.store = Store(str(options.database), lambda commit: self._call(self._committed, commit))
+        self.store = Store(str(options.database), self._deliver)
         self.dispatcher.store = self.store
         self.events = Events(self.store)
         self.api = Api(self.store, self.dispatcher, self.events, self.metrics, options.hold)
         self.events.show = self.api.show
         self.access = Access(options.host, options.tokens)
 
-    def _call(self, function: Callable[..., object], *args: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            self.loop.call_soon_threadsafe(function, *args)
+    def _deliver(self, commit: store.Commit) -> None:
+        """Wake the loop for what it waits for. Called by the store's thread."""
+        if commit.calls or commit.finished or self.dispatcher.has_room:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon_threadsafe(self._committed, commit)
 
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""
@@ -1504,7 +1509,6 @@ class Server:
                 callback(result)
             except Exception as error:  # the others' results still count
                 log.error("internal error", exc_info=error)
-        self.changed |= commit.changed
         self.metrics.observe(commit.finished)
         if commit.ready:
             self.dispatcher.dispatch()
@@ -1528,15 +1532,17 @@ class Server:
         self.store.tell(self._ignore, store.probe if self.store.error else store.make_due, time.time())
         self.dispatcher.lose_overdue()
         self.dispatcher.dispatch()
-        self.store.tell(self._publish, store.oldest_ready)
+        self.store.tell(self._publish, store.news)
 
-    def _publish(self, oldest: float | None) -> None:
-        changed, self.changed = self.changed, set()
+    def _publish(self, news: tuple[set[int], float | None] | Exception) -> None:
+        if isinstance(news, Exception):
+            return
+        changed, oldest = news
         workers = list(self.dispatcher.workers.values())
         stats = {
             "jobs": self.store.counts,
             "finished": self.metrics.finished.total(),
-            "queue_latency": round(max(time.time() - oldest, 0), 1) if isinstance(oldest, float) else 0,
+            "queue_latency": round(max(time.time() - oldest, 0), 1) if oldest else 0,
             "workers": len(workers),
             "slots": sum(worker.slots for worker in workers),
             "busy": sum(len(worker.jobs) for worker in workers),

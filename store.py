@@ -104,11 +104,14 @@ INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, idempot
     VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)"""
 FIND_KEY = "SELECT id, name, environment FROM job WHERE idempotency_key = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
+# A seek a name. Left to itself, SQLite's planner walks all that is queued by job_state.
 READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
-    SELECT min(name) FROM job WHERE {_READY}
-    UNION ALL SELECT (SELECT min(name) FROM job WHERE {_READY} AND name > ready.name) FROM ready WHERE name IS NOT NULL)
+    SELECT min(name) FROM job INDEXED BY job_ready WHERE {_READY}
+    UNION ALL
+    SELECT (SELECT min(name) FROM job INDEXED BY job_ready WHERE {_READY} AND name > ready.name)
+        FROM ready WHERE name IS NOT NULL)
     SELECT name FROM ready WHERE name IS NOT NULL"""
-READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job
+READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job INDEXED BY job_ready
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes FROM job
@@ -211,6 +214,7 @@ class Database:
     last_id: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     watchers: dict[int, list[Future[None]]] = field(default_factory=dict)
+    unpublished: set[int] = field(default_factory=set)
     # of the transaction that runs
     first_id: int = 0
     moved: Counter[str] = field(default_factory=Counter)
@@ -239,6 +243,7 @@ class Database:
     def commit(self) -> None:
         self.execute("COMMIT")
         self.counts.update(self.moved)
+        self.unpublished |= self.changed
 
     def rollback(self) -> None:
         self.last_id = self.first_id
@@ -254,10 +259,9 @@ class _Request(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """What one commit did: callbacks to call with their results, jobs that changed, whether jobs became ready."""
+    """What one commit did: callbacks to call with their results, whether a claim may find more now, jobs that ended."""
 
     calls: list[tuple[Callback, Any]]
-    changed: set[int]
     ready: bool
     finished: list[Finished]
 
@@ -352,8 +356,10 @@ class Store:
         changed = set() if failed else database.changed
         calls = [(request.callback, result) for request, result in zip(group, results, strict=True) if request.callback]
         # The loop first: what a caller does on seeing its future done comes after it there.
-        if calls or changed:
-            self._deliver(Commit(calls, changed, database.ready and not failed, [] if failed else database.finished))
+        if failed:
+            self._deliver(Commit(calls, False, []))
+        elif calls or database.ready:
+            self._deliver(Commit(calls, database.ready, database.finished))
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
                 if isinstance(result, Exception):
@@ -661,6 +667,12 @@ def page(
 def attempts(db: Database, job: int) -> list[sqlite3.Row]:
     """The attempts of a job that were followed by another, oldest first."""
     return db.execute(ATTEMPTS, (job,)).fetchall()
+
+
+def news(db: Database) -> tuple[set[int], float | None]:
+    """The ids of the jobs that changed since the last call, and oldest_ready."""
+    changed, db.unpublished = db.unpublished, set()
+    return changed, oldest_ready(db)
 
 
 def oldest_ready(db: Database) -> float | None:
