@@ -592,9 +592,11 @@ class Front(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def _make_room(self) -> None:
-        with contextlib.suppress(KeyError, OSError):
-            longest, _ = self.waiting.popitem(last=False)
-            longest.shutdown(socket.SHUT_RDWR)
+        while self.waiting:
+            with contextlib.suppress(KeyError, OSError):
+                longest, _ = self.waiting.popitem(last=False)
+                longest.shutdown(socket.SHUT_RDWR)
+                return
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -625,7 +627,7 @@ class Connection(BaseHTTPRequestHandler):
         self.received = bytearray()
 
     def finish(self) -> None:
-        pass
+        self.server.waiting.pop(self.connection, None)
 
     def handle(self) -> None:
         if self._is_for_runner():
@@ -831,7 +833,8 @@ class Access:
 
     def check_runner(self, connection: ServerConnection, request: websockets.http11.Request) -> Any:
         """Answer a worker's opening handshake with 401 where its token is not right."""
-        if self.allows("worker", request.headers.get("Authorization")):
+        given = request.headers.get_all("Authorization")
+        if self.allows("worker", given[0] if len(given) == 1 else None):
             return None
         return connection.respond(HTTPStatus.UNAUTHORIZED, "this needs a worker's token: --token-file\n")
 
@@ -985,7 +988,7 @@ class Api:
 
     def get_jobs(self, request: Request) -> Response:
         query = request.query("state", "name", "limit", "after", "before", "full")
-        states = list(dict.fromkeys(state for state in query.get("state", "").split(",") if state))
+        states = list(dict.fromkeys(query["state"].split(","))) if "state" in query else []
         for state in states:
             if state not in store.STATES:
                 raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {state!r}; there are: {', '.join(store.STATES)}")
@@ -1566,9 +1569,9 @@ def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]
 
 
 def quiet_logger() -> logging.Logger:
-    """What websockets logs: failed handshakes and lost connections are no errors of ours."""
+    """What websockets logs: failed handshakes are no errors of ours, and its debug log would show tokens."""
     logger = logging.getLogger("websockets")
-    logger.setLevel(logging.DEBUG if log.isEnabledFor(logging.DEBUG) else logging.CRITICAL)
+    logger.setLevel(logging.CRITICAL)
     return logger
 
 
