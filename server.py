@@ -30,11 +30,11 @@ import os
 import queue
 import random
 import re
-import select
 import signal
 import socket
 import socketserver
 import sqlite3
+import struct
 import sys
 import threading
 import time
@@ -86,10 +86,9 @@ MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_FRAME_BYTES = 4 * 1024 * 1024
-IDLE_SECONDS = 60
+IDLE_SECONDS = 30
 HEAD_SECONDS = 10
 BODY_SECONDS = 30
-SEND_SECONDS = 30
 LINGER_SECONDS = 1
 HELLO_SECONDS = 10
 # The peer's silence is noticed after at most the sum of both: within 30 s.
@@ -623,8 +622,9 @@ class Connection(BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.connection.settimeout(IDLE_SECONDS)
         self.received = bytearray()
+        self.patience = 0.0
+        self._wait_at_most(IDLE_SECONDS)
 
     def finish(self) -> None:
         self.server.waiting.pop(self.connection, None)
@@ -633,9 +633,17 @@ class Connection(BaseHTTPRequestHandler):
         if self._is_for_runner():
             self.server.runner.hand_over(self.connection)
             return
-        with contextlib.suppress(TimeoutError, ConnectionError):
+        with contextlib.suppress(OSError):  # it went away, or was too slow
             while self._serve_request():
                 pass
+
+    def _wait_at_most(self, seconds: float) -> None:
+        """Have the kernel bound each wait; Python's own timeout would cost a poll before each call."""
+        if seconds != self.patience:
+            self.patience = seconds
+            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
     def _is_for_runner(self) -> bool:
         """Look at the first request without taking it: is it a WebSocket's opening handshake for /runner?"""
@@ -654,7 +662,7 @@ class Connection(BaseHTTPRequestHandler):
     def _peek(self, seconds: float, at_least: int) -> bytes:
         """Give what has come once it is `at_least` so many bytes; b"" where it does not in time."""
         try:
-            self.connection.settimeout(max(seconds, 0.001))
+            self._wait_at_most(max(seconds, 0.001))
             if at_least > 1:
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
             return self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
@@ -723,17 +731,16 @@ class Connection(BaseHTTPRequestHandler):
         left = IDLE_SECONDS if deadline is None else deadline - time.monotonic()
         if left <= 0:
             return False
-        if self.connection.gettimeout() != left:
-            self.connection.settimeout(left)
+        self._wait_at_most(left)
         try:
             more = self.connection.recv(65536)
-        except TimeoutError:
+        except BlockingIOError:
             return False
         self.received += more
         return bool(more)
 
     def _respond(self, response: "Response", close: bool, request: Request | None = None) -> None:
-        self.connection.settimeout(SEND_SECONDS)
+        self._wait_at_most(IDLE_SECONDS)
         with_body = not request or request.method != "HEAD"
         if isinstance(response.body, bytes):
             head = response.head(close, f"Content-Length: {len(response.body)}\r\n")
@@ -750,8 +757,10 @@ class Connection(BaseHTTPRequestHandler):
             self.connection.sendall(b"0\r\n\r\n" * chunked)
 
     def _client_is_gone(self) -> bool:
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
+        try:
+            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return False
 
     def _linger(self) -> None:
         """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
@@ -774,7 +783,6 @@ class RunnerListener(socket.socket):
 
     def hand_over(self, connection: socket.socket) -> None:
         """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
-        connection.settimeout(None)
         self._handed_over.put(socket.socket(fileno=connection.detach()))
         self._bell.send(b"!")
 

@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
@@ -713,6 +713,32 @@ class Stage:
             assert "Traceback" not in program.file.read_text()
 
 
+def meanwhile(scenario: Callable[[Any, Stage], None]) -> Callable[..., None]:
+    """Let a test that only waits run beside all others, from their start on; in its place its result is waited for."""
+
+    def test(self: object, results: dict[Any, Future[None]]) -> None:  # noqa: ARG001
+        results[scenario].result()
+
+    test.__name__, test.scenario = scenario.__name__, scenario  # type: ignore[attr-defined]
+    return test
+
+
+def play(scenario: Callable[[Any, Stage], None], folder: Path) -> None:
+    with contextlib.closing(Stage(folder)) as stage:
+        scenario(None, stage)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def results(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Any, Future[None]]]:
+    """What the scenarios of those `meanwhile` tests come to that were chosen."""
+    scenarios = [getattr(getattr(item, "function", None), "scenario", None) for item in request.session.items]
+    with ThreadPoolExecutor(16) as pool:
+        folder = tmp_path_factory.mktemp
+        yield {each: pool.submit(play, each, folder("meanwhile")) for each in scenarios if each}
+
+
 @pytest.fixture
 def stage(tmp_path: Path) -> Iterator[Stage]:
     with contextlib.closing(Stage(tmp_path)) as stage:
@@ -865,7 +891,12 @@ class Relay:
         self.pairs: list[tuple[socket.socket, socket.socket]] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.threads: list[threading.Thread] = []
+        self.start(self.accept)
+
+    def start(self, target: Callable[..., None], *arguments: socket.socket) -> None:
+        self.threads.append(threading.Thread(target=target, args=arguments, daemon=True))
+        self.threads[-1].start()
 
     def accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -875,8 +906,8 @@ class Relay:
                 with contextlib.suppress(ConnectionError):
                     far = socket.create_connection(("127.0.0.1", self.target))
                     self.pairs.append((near, far))
-                    for pair in ((near, far), (far, near)):
-                        threading.Thread(target=self.copy, args=pair, daemon=True).start()
+                    self.start(self.copy, near, far)
+                    self.start(self.copy, far, near)
                     continue
                 near.close()
 
@@ -885,13 +916,11 @@ class Relay:
             while data := source.recv(65536):
                 if not self.dead:
                     sink.sendall(data)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        self.cut([(source, sink)])
 
-    def cut(self) -> None:
-        """Cut the server's ends; the worker's ends, too, unless its process is frozen, see an end of file."""
-        for pair in self.pairs:
+    def cut(self, pairs: list[tuple[socket.socket, socket.socket]] | None = None) -> None:
+        """End all connections; a frozen process will see it when it wakes."""
+        for pair in self.pairs if pairs is None else pairs:
             for end in pair:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
@@ -900,8 +929,12 @@ class Relay:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.listener.close()
+        self.listener.shutdown(socket.SHUT_RDWR)
         self.cut()
+        for thread in self.threads:
+            thread.join(5)
+        for each in (self.listener, *(end for pair in self.pairs for end in pair)):
+            each.close()
 
 
 # -- the wire ----------------------------------------------------------------------------------------------------------
@@ -1668,32 +1701,6 @@ class TestFramingAttacks:
             assert idle.get("/api/workers") == []
             assert time.monotonic() - start < 2
 
-    def test_a_request_that_never_ends_is_ended(self, idle: Server) -> None:
-        runner = head(b"GET /runner", b"Connection: Upgrade", b"Upgrade: websocket")[:-2]
-        slow_body = head(POST, b"Content-Length: 5") + b"{"
-        with contextlib.ExitStack() as stack:
-            peers = []
-            for data in (b"GET /api", head(b"GET /healthz")[:-2], runner, slow_body):
-                peers.append(stack.enter_context(socket.create_connection(("127.0.0.1", idle.port), timeout=35)))
-                peers[-1].sendall(data)
-            for peer in peers:
-                assert statuses_of(read_to_end(peer)) in ([], [400], [408])
-
-    def test_a_head_that_drips_is_ended(self, idle: Server) -> None:
-        with socket.create_connection(("127.0.0.1", idle.port), timeout=0.2) as peer:
-
-            def is_ended() -> bool:
-                try:
-                    peer.sendall(b"X")
-                    return peer.recv(1000) == b"" or is_ended()
-                except TimeoutError:
-                    return False
-                except ConnectionError:
-                    return True
-
-            peer.sendall(b"GET /api/workers HTTP/1.1\r\n")
-            assert until(is_ended, 20)
-
 
 # -- version 1 ---------------------------------------------------------------------------------------------------------
 
@@ -1936,7 +1943,7 @@ class TestVersion1Server:
 
     def test_a_server_that_hangs_up_at_once_is_not_dialled_in_a_frenzy(self, stage: Stage) -> None:
         with ScriptedServer(hangs_up=True) as server:
-            stage.worker(server)
+            stage.worker(server, connects=False)
             until(lambda: len(server.dials) >= 2)
             time.sleep(3)
             assert 2 <= len(server.dials) <= 10
@@ -2469,6 +2476,7 @@ class TestPromise01Accepted:
         stage.worker(server, name="other")
         assert [worker["id"] for worker in server.get("/api/workers")] == [1, 2]
 
+    @meanwhile
     def test_ids_are_never_used_again_after_pruning(self, stage: Stage) -> None:
         server = stage.server("--keep", "1")
         stage.worker(server)
@@ -2692,6 +2700,7 @@ class TestPromise03AtMostOnce:
         until(lambda: len(server.get("/api/workers")) == 2)
         assert {worker["name"] for worker in server.get("/api/workers?full=1")} == {f"{host}-1", f"{host}-2"}
 
+    @meanwhile
     def test_a_dead_line_is_found_by_both_sides(self, stage: Stage) -> None:
         server = stage.server("--grace", "1")
         with Relay(server) as relay:
@@ -2739,6 +2748,7 @@ class TestPromise04Results:
         job = server.ended(server.post("a"))
         assert (job["state"], job["exit_code"], job["reason"]) == ("failure", 137, "oom")
 
+    @meanwhile
     def test_an_engine_that_is_not_there_is_the_reason(self, stage: Stage) -> None:
         server = stage.server()
         stage.worker(server)
@@ -3111,6 +3121,37 @@ class TestPromise08NoInputEnds:
                 time.sleep(0.01)
             assert peer.recv(100).startswith(b"HTTP/1.1 101 ")
 
+    @meanwhile
+    def test_a_request_that_never_ends_is_ended(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        runner = head(b"GET /runner", b"Connection: Upgrade", b"Upgrade: websocket")[:-2]
+        slow_body = head(POST, b"Content-Length: 5") + b"{"
+        with contextlib.ExitStack() as stack:
+            peers = []
+            for data in (b"GET /api", head(b"GET /healthz")[:-2], runner, slow_body):
+                peers.append(stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=35)))
+                peers[-1].sendall(data)
+            for peer in peers:
+                assert statuses_of(read_to_end(peer)) in ([], [400], [408])
+        assert server.get("/api/jobs") == []
+
+    @meanwhile
+    def test_a_head_that_drips_is_ended(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with socket.create_connection(("127.0.0.1", server.port), timeout=0.2) as peer:
+
+            def is_ended() -> bool:
+                try:
+                    peer.sendall(b"X")
+                    return peer.recv(1000) == b"" or is_ended()
+                except TimeoutError:
+                    return False
+                except ConnectionError:
+                    return True
+
+            peer.sendall(b"GET /api/workers HTTP/1.1\r\n")
+            assert until(is_ended, 20)
+
     def test_a_hundred_workers_come_and_go(self, idle: Server) -> None:
         with contextlib.ExitStack() as stack:
             for n in range(100):
@@ -3455,7 +3496,7 @@ class TestRealEngine:
     def test_a_program_that_is_not_there_is_a_failure(self, real: tuple[Server, Worker]) -> None:
         server, _ = real
         job = server.ended(server.post("nothing"), 30)
-        assert (job["state"], job["exit_code"]) == ("failure", 127)
+        assert (job["state"], job["reason"]) == ("failure", "docker")
         assert b"no such file" in server.log(job["id"])
 
     def test_a_variable_that_docker_has_itself_is_the_containers(self, real: tuple[Server, Worker]) -> None:

@@ -141,10 +141,15 @@ def start_engine() -> None:
             start_new_session=True,  # it may serve others when a Ctrl-C ends our run
         )  # fmt: skip
     deadline = time.monotonic() + START_SECONDS
-    while not succeeds("version"):
-        if dockerd.poll() is not None or time.monotonic() > deadline:
-            raise SetupError(f"{log.read_text()}\nNo private Docker engine starts here, see above: install Docker.")
-        time.sleep(0.1)
+    try:
+        while not succeeds("version"):
+            if dockerd.poll() is not None or time.monotonic() > deadline:
+                raise SetupError(f"{log.read_text()}\nNo private Docker engine starts here, see above: install Docker.")
+            time.sleep(0.1)
+    except BaseException:  # an interrupt too: nobody finds an engine that has not written its pidfile yet
+        dockerd.terminate()
+        dockerd.wait(STOP_SECONDS)
+        raise
 
 
 def stop_engine() -> None:
