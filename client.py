@@ -83,6 +83,8 @@ PULL_TIMEOUT_SECONDS = 900
 STOP_GRACE_SECONDS = 10
 ENGINE_RETRY_SECONDS = 1
 ENGINE_PATIENCE_SECONDS = 30
+OOM_SECONDS = 0.5
+KILLED = 137
 SWEEP_SECONDS = 30
 REMOVE_AT_ONCE = 100
 CLOSE_REPLACED = 4001
@@ -670,6 +672,9 @@ class Worker:
         while state and (is_running(state) or (code is not None and has_other_code(state, code))):
             await self._follow(job)  # the command was killed: the container, or its output, went on
             state, code = await self.docker.state(job.container), None
+        if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
+            await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
+            state = await self.docker.state(job.container)
         if state and state.get("Status") == "created":  # a request to start it may still be on its way
             await self.docker.remove([job.container])
         code, reason = read_state(state) if state else exit_of_command(code)
@@ -832,6 +837,7 @@ FLAGS = {
 LOG_FLAGS = ["--log-driver", "json-file", "--log-opt", "max-size=10m", "--log-opt", "max-file=3"]
 
 WORD_LIMIT_BYTES = 128 * 1024  # Linux's MAX_ARG_STRLEN
+NO_WORD = re.compile("[\0\ud800-\udfff]")
 
 # Variables that would change the docker command or what it is made of and starts: Go, the loader, ssh, credentials.
 DOCKERS_OWN_VARIABLE = re.compile(
@@ -876,7 +882,7 @@ def docker_run_command(
     arguments += option("--env", [name for name in everything if name not in filed])
     arguments += [*config.get("options", []), "--", config["image"], *tail]
     for text in (*arguments, *everything, *values.values()):
-        if not isinstance(text, str) or re.search("[\0\ud800-\udfff]", text) or len(text.encode()) >= WORD_LIMIT_BYTES:
+        if not isinstance(text, str) or NO_WORD.search(text) or len(text.encode()) >= WORD_LIMIT_BYTES:
             raise ValueError(f"{text!r:.60} can be no argument and no variable: no text, too long, or with a NUL in it")
     stdin = "".join(file_line(name, values.pop(name)) for name in filed)
     return Command(arguments, values, stdin)
@@ -923,7 +929,7 @@ def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     if state.get("Status") == "created" or str(state.get("StartedAt")).startswith("0001-"):
         return None, "docker"  # it never started
     code = int(state.get("ExitCode") or 0)
-    return (code or 137, "oom") if state.get("OOMKilled") else (code, "exit")
+    return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
 
 
 def seconds_since(moment: str) -> float:

@@ -47,6 +47,7 @@ FINAL_STATES = ("success", "failure", "cancelled")
 LOG_HEAD_BYTES = 512 * 1024
 LOG_TAIL_BYTES = 512 * 1024
 GROUP_LIMIT = 1_000
+FREE_PAGES_LIMIT = 1_000
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x6A6F6277
 
@@ -143,9 +144,15 @@ READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AN
     ORDER BY byte_offset LIMIT 16"""
 LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
 LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
+DELETE_LOG = "DELETE FROM log WHERE job = ?"
+DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
+DELETE_JOB = "DELETE FROM job WHERE id = ?"
+COUNT_FREE_PAGES = "PRAGMA freelist_count"
+FREE_PAGE = "PRAGMA incremental_vacuum(1)"
 OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
 OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
     WHERE {_READY}"""
+WRITE_SOMETHING = "UPDATE server SET id = id"
 COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
 
 _log = logging.getLogger("store")
@@ -742,15 +749,17 @@ def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
 
 
 def prune(db: Database, before: float, limit: int) -> int:
-    """Delete up to `limit` jobs that ended before a time, with their logs; how many those were."""
+    """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were."""
     rows = db.execute(OLD_JOBS, (before, limit)).fetchall()
     for job, state in rows:
-        for table, key in (("log", "job"), ("attempt", "job"), ("job", "id")):
-            db.execute(f"DELETE FROM {table} WHERE {key} = ?", (job,))
+        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_JOB):
+            db.execute(statement, (job,))
         db.moved[state] -= 1
+    for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
+        db.execute(FREE_PAGE)
     return len(rows)
 
 
 def probe(db: Database, _now: float) -> None:
     """Write something, to see whether the disk takes writes again."""
-    db.execute("UPDATE server SET id = id")
+    db.execute(WRITE_SOMETHING)
