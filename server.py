@@ -98,7 +98,7 @@ TICK_SECONDS = 0.25
 HEARTBEAT_SECONDS = 15
 FOLLOW_CHECK_SECONDS = 5
 PRUNE_SECONDS = 10
-PRUNE_JOBS = 500
+PRUNE_JOBS = 50
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_RETRY_DELAY_SECONDS = 3_600
@@ -228,6 +228,13 @@ def absorb(
     return replies
 
 
+class Away(NamedTuple):
+    """A worker that may come back until a deadline, on the monotonic clock."""
+
+    name: str
+    deadline: float
+
+
 class Dispatcher:
     """Knows who is connected and what they were sent; gives queued jobs to free slots."""
 
@@ -235,7 +242,7 @@ class Dispatcher:
         self.configs = configs
         self.grace = grace
         self.workers: dict[int, Worker] = {}
-        self.away: dict[int, float] = {}  # worker id: when it is lost, on the monotonic clock
+        self.away: dict[int, Away] = {}
         self.changed_workers: dict[int, dict[str, Any]] = {}
         self.store: Store
         self.has_room = False  # whether a commit that makes jobs ready is worth waking for; read by the store's thread
@@ -252,7 +259,7 @@ class Dispatcher:
         """After a server start: give the workers of before a fresh grace. Version 1 workers never come back."""
         for worker, name in expected:
             gone = name.startswith(VERSION_1_PREFIX)
-            self.away[worker] = time.monotonic() + (0 if gone else self.grace)
+            self.away[worker] = Away(name, time.monotonic() + (0 if gone else self.grace))
 
     async def serve(self, socket: ServerConnection) -> None:
         """Serve one connection of a worker, from its handshake to its end."""
@@ -387,7 +394,7 @@ class Dispatcher:
         leaves = worker.protocol_version == 1 or (
             not worker.jobs and worker.socket.close_code == CloseCode.NORMAL_CLOSURE
         )
-        self.away[worker.id] = time.monotonic() + (0 if leaves else self.grace)
+        self.away[worker.id] = Away(worker.name, time.monotonic() + (0 if leaves else self.grace))
         self.store.tell(self._report, store.detach, worker.id)
         if leaves:
             self.lose_overdue()
@@ -395,16 +402,16 @@ class Dispatcher:
     def lose_overdue(self) -> None:
         """Give up the workers whose grace is over."""
         now = time.monotonic()
-        for worker_id in [worker_id for worker_id, deadline in self.away.items() if deadline <= now]:
+        for worker_id, away in [(id_, away) for id_, away in self.away.items() if away.deadline <= now]:
             del self.away[worker_id]
-            lost = functools.partial(self._lost, worker_id)
+            lost = functools.partial(self._lost, worker_id, away)
             self.store.tell(lost, store.lose, worker_id, time.time(), self.configs.retry_delay)
 
-    def _lost(self, worker_id: int, result: int | Exception) -> None:
+    def _lost(self, worker_id: int, away: Away, result: int | Exception) -> None:
         if isinstance(result, Exception):  # the next tick tries again
             self._report(result)
             if worker_id not in self.workers:
-                self.away.setdefault(worker_id, 0)
+                self.away.setdefault(worker_id, away)
 
     def dispatch(self) -> None:
         """Have free slots filled; one claim is under way at a time."""
@@ -1188,7 +1195,7 @@ class Api:
         request.query()
         oldest = self._do(store.oldest_ready)
         latency = 0.0 if oldest is None else max(time.time() - oldest, 0)
-        text = self.metrics.text(self.store.counts, list(self.dispatcher.workers.values()), latency)
+        text = self.metrics.text(self.store.counts, self.dispatcher, latency)
         return Response(text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
 
     def get_dashboard(self, request: Request) -> Response:  # noqa: ARG002
@@ -1399,13 +1406,16 @@ class Metrics:
         counts[bisect_left(self.BUCKETS, value)] += 1
         counts[-1] += value
 
-    def text(self, counts: dict[str, int], workers: list[Worker], latency: float) -> str:
+    def text(self, counts: dict[str, int], dispatcher: Dispatcher, latency: float) -> str:
         """Give all metrics. latency: how long the oldest job that could run has waited, in seconds."""
+        workers = list(dispatcher.workers.values())
+        up = [({"worker": worker.name}, 1.0) for worker in workers]
+        up += [({"worker": worker.name}, 0.0) for worker in list(dispatcher.away.values())]
         lines = [
             *family("build_info", "gauge", "What runs here.", [({"version": VERSION}, 1)]),
             *family("jobs", "gauge", "Jobs by state.", [({"state": state}, count) for state, count in counts.items()]),
             *family("queue_latency_seconds", "gauge", "How long the oldest ready job has waited.", [({}, latency)]),
-            *family("worker_up", "gauge", "Connected workers.", [({"worker": worker.name}, 1) for worker in workers]),
+            *family("worker_up", "gauge", "1: connected; 0: within its grace.", up),
             *family("worker_jobs", "gauge", "Jobs held.", [({"worker": w.name}, len(w.jobs)) for w in workers]),
             *family("worker_slots", "gauge", "Slots.", [({"worker": worker.name}, worker.slots) for worker in workers]),
             *family(
