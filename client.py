@@ -1047,7 +1047,7 @@ def read_token(path: str | None) -> str | None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}", otherwise)
+        return os.environ.get(f"JOBWORKER_{name}") or otherwise
 
     def defaults(name: str) -> list[str]:
         return [word for word in (default(name) or "").split(",") if word]

@@ -449,7 +449,7 @@ _LABELS = _map(_LABEL, lambda _: lambda node: _value(node) or "")
 _PATTERN = _scalar("a regular expression", ".+", lambda text: re.compile(text).pattern)
 _PARAMETER_KEYS: dict[str, Reader] = {"required": _BOOLEAN, "default": _value, "pattern": _PATTERN}
 _PARAMETER = _map(_one_of(_PARAMETER_KEYS), _PARAMETER_KEYS.__getitem__)
-_JOB_KEYS: dict[str, Reader] = {
+JOB_KEYS: dict[str, Reader] = {
     "name": _scalar("1 to 128 characters, no / or control character", r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f]{1,128}"),
     "image": _scalar("an image such as busybox:1.36 or host.example:5000/team/app", _IMAGE),
     "command": lambda node: _words(node) or None,
@@ -477,4 +477,4 @@ _JOB_KEYS: dict[str, Reader] = {
     "priority": _whole(-(2**31), 2**31 - 1),
     "parameters": _map(_VARIABLE, lambda _: _parameter),
 }
-_JOB = _map(_one_of(_JOB_KEYS), _JOB_KEYS.__getitem__, needed=("name", "image"))
+_JOB = _map(_one_of(JOB_KEYS), JOB_KEYS.__getitem__, needed=("name", "image"))

@@ -1639,7 +1639,7 @@ def read_tokens(path: Path | None) -> dict[str, set[str]]:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}", otherwise)
+        return os.environ.get(f"JOBWORKER_{name}") or otherwise
 
     parser = argparse.ArgumentParser(description="The jobworker server.", epilog="Options may be set as JOBWORKER_….")
     parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the jobs there are")
@@ -1651,7 +1651,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--token-file", type=Path, default=default("TOKEN_FILE"), help="tokens for API and workers")
     parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
     parser.add_argument(
-        "--hold", action="store_true", default=bool(default("HOLD")), help="keep jobs until a worker comes"
+        "--hold",
+        action="store_true",
+        default=default("HOLD") in ("1", "true", "yes"),
+        help="keep jobs until a worker comes",
     )
     parser.add_argument(
         "--grace", type=duration, default=default("GRACE", "60"), help="how long a worker may be away (60s)"
@@ -1689,6 +1692,8 @@ def check_host(options: argparse.Namespace) -> None:
 
 
 def main() -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a configuration to read again
+    os.umask(0o077)  # the database holds what jobs wrote
     options = parse_options()
     start_logging(options.verbose)
     try:

@@ -1,8 +1,8 @@
-"""Measures jobworker against the budget, each figure beside a limit or a peer measured in the same run.
+"""Measures jobworker against its budget, each figure beside a limit or a peer measured in the same run.
 
-A row of the budget is a function that takes turns (ours, peer, ours, peer ...), so that what else goes on in the machine
-hits both alike. Its figures are printed as medians with the least and the most of all turns; `ratio` is ours divided by
-that line's. Nothing runs with weaker durability than the default, and each line says what survives a power cut.
+A row of the budget is a function that takes turns (ours, peer, ours, peer ...), so that what else goes on hits both
+alike. Its figures are printed as medians with the least and the most of all turns; `ratio` is ours divided by that
+line's. Nothing runs with weaker durability than the default; each line says how what it counts is kept.
 
 Load generators and scripted workers are processes of their own (`beside`), lean enough not to be what is measured.
 Black box: of ours only server.py and client.py are run, as a user would.
@@ -11,6 +11,9 @@ Black box: of ours only server.py and client.py are run, as a user would.
     python checks/bench.py post-16 idle     these rows
     python checks/bench.py --list           what rows there are
     python checks/bench.py --quick          each for a moment, only to see that it runs
+    python checks/bench.py --peers          rq, celery, dramatiq and huey with the same work (installed if need be)
+    python checks/bench.py --scale          with a million jobs queued, a million finished, hundreds of listeners
+    python checks/bench.py --long           a million jobs through a worker: what grows meanwhile
 """
 
 import argparse
@@ -19,8 +22,10 @@ import contextlib
 import functools
 import http.client
 import json
+import logging
 import multiprocessing
 import os
+import resource
 import select
 import shutil
 import signal
@@ -39,13 +44,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 
 ROOT = Path(__file__).resolve().parent.parent
 READY_SECONDS = 60
+MEBI = 1024 * 1024
 FSYNC = "fsync before the answer"
-NOTHING = "nothing"
+STEPS = "fsync at each of 3 steps"
+NOTHING = "nothing is kept"
 JOBS = """\
 - {name: empty, image: busybox, command: ["true"]}
 - {name: nobody, image: busybox, tags: [nobody]}
@@ -58,7 +65,7 @@ class Figure:
 
     what: str
     unit: str
-    survives: str = ""  # a power cut
+    kept: str = ""  # what a power cut leaves
     at_least: float | None = None
     at_most: float | None = None
     samples: list[float] = field(default_factory=list)
@@ -84,6 +91,10 @@ def number(value: float) -> str:
 
 
 # The programs measured
+
+
+class SkippedError(Exception):
+    """A row can't be measured here; the message says what is missing."""
 
 
 class Server:
@@ -117,15 +128,26 @@ class Server:
         self._http.getresponse().read()
         return time.perf_counter() - began
 
+    def stop(self) -> None:
+        self._http.close()
+        stop(self.process)
+
     def finished(self) -> int:
         return int(self.ask("GET", "/healthz")["jobs"]["success"])
+
+    def run_jobs(self, count: int, turn: int) -> float:
+        """Have `count` jobs run to their end, as in each turn before; how many seconds that took."""
+        began = time.perf_counter()
+        self.post_list(count)
+        self.wait_until_finished(count * (turn + 1))
+        return time.perf_counter() - began
 
     def wait_until_finished(self, total: int) -> None:
         deadline = time.monotonic() + 600
         while self.finished() < total:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{total - self.finished()} jobs are not final")
-            time.sleep(0.005)
+            time.sleep(0.01)
 
 
 def started(bench: "Bench", command: list[str], log: Path, until: str) -> tuple["subprocess.Popen[bytes]", str]:
@@ -151,10 +173,23 @@ def stop(process: "subprocess.Popen[bytes]") -> None:
         process.kill()
 
 
-def start_worker(bench: "Bench", server: Server, slots: int, docker: str) -> int:
-    """Start a worker of ours and wait until it is connected; its process id."""
-    command = ["client.py", "--name=bench", f"--slots={slots}", f"--docker={docker}", f"127.0.0.1:{server.port}/runner"]
-    return started(bench, command, server.folder / "worker.log", "connected to ")[0].pid
+def start_worker(bench: "Bench", server: Server, slots: int, docker: str) -> "subprocess.Popen[bytes]":
+    """Start a worker of ours and wait until it is connected."""
+    name = f"bench-{server.pid}"
+    url = f"127.0.0.1:{server.port}/runner"
+    command = ["client.py", f"--name={name}", f"--slots={slots}", f"--docker={docker}", url]
+    return started(bench, command, server.folder / "worker.log", "connected to ")[0]
+
+
+def memory(pid: int) -> int:
+    """Resident bytes of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def cpu_seconds(pid: int) -> float:
+    """What the threads of a process that still run have used: to the nanosecond, where `stat` counts hundredths."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
 
 
 class Bench:
@@ -220,7 +255,7 @@ class Beside:
 
 
 def post_for(pipe: Any, port: int, connections: int, seconds: float) -> None:
-    """POST over keep-alive connections, each as soon as its last answer is there; send how many a second were answered."""
+    """POST over keep-alive connections, each again as soon as it is answered; send how many a second were answered."""
     request = b"POST /api/jobs/empty HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
     poll = select.epoll()
     sockets = {}
@@ -257,14 +292,45 @@ class Bare(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *arguments: object) -> None:
-        """Not a word."""
+        """Say nothing."""
 
 
 def bare_http(pipe: Any) -> None:
     """http.server that answers every POST at once."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Bare)
+    server.handle_error = lambda *_arguments: None  # type: ignore[method-assign]
     pipe.send(server.server_address[1])
     server.serve_forever()
+
+
+def waits(pipe: Any, port: int, count: int, name: str = "empty", seconds: int = 60) -> None:
+    """POST jobs one by one, each with ?wait; send the milliseconds each answer took."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    times = []
+    for _ in range(count):
+        began = time.perf_counter()
+        connection.request("POST", f"/api/jobs/{name}?wait={seconds}")
+        answer = json.loads(connection.getresponse().read())
+        times.append((time.perf_counter() - began) * 1_000)
+        if seconds and not answer.get("success"):
+            raise RuntimeError(f"not a success: {answer}")
+    pipe.send(times)
+
+
+def listen(pipe: Any, port: int, paths: list[str]) -> None:
+    """GET paths whose answers never end, and read all that comes, for ever; send a word once each has begun."""
+    poll, sockets = select.epoll(), {}
+    for path in paths:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        if not connection.recv(65536).startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"no 200 for {path}")
+        sockets[connection.fileno()] = connection
+        poll.register(connection, select.EPOLLIN)
+    pipe.send("listening")
+    while True:
+        for descriptor, _event in poll.poll():
+            sockets[descriptor].recv(65536)
 
 
 BATCH, ENQUEUE, GO, SETTLED, RUNNING, SUCCESS = 31, 2, 16, 18, 1, 2
@@ -321,6 +387,33 @@ def answer_at_once(pipe: Any, port: int, slots: int, count: int) -> None:
     asyncio.run(work())
 
 
+def idle_workers(pipe: Any, port: int, count: int) -> None:
+    """Connect workers that only listen; send the time when all have got JobConfigs, each time that they have."""
+
+    async def work() -> None:
+        got, all_have, places = 0, asyncio.Event(), asyncio.Semaphore(50)
+
+        async def listen_to(number_: int) -> None:
+            nonlocal got
+            async with places:
+                server = await runner(port)
+                await server.send(hello(f"idle-{number_}", 1))
+                await server.recv()
+            while True:
+                got += 1
+                if got % count == 0:
+                    all_have.set()
+                await server.recv()
+
+        workers = [asyncio.ensure_future(listen_to(number_)) for number_ in range(count)]
+        while not any(worker.done() for worker in workers):
+            await all_have.wait()
+            all_have.clear()
+            pipe.send(time.perf_counter())
+
+    asyncio.run(work())
+
+
 def bare_websockets(pipe: Any) -> None:
     """A server of the same frames that only counts: jobs from memory, no store. SIGHUP: JobConfigs to all."""
     configs = b"\x01" + json.dumps([{"command": None, "image": "busybox", "name": "empty"}] * 2).encode()
@@ -349,6 +442,7 @@ def bare_websockets(pipe: Any) -> None:
     async def run() -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: broadcast(workers, configs))
         options: dict[str, Any] = {"compression": None, "subprotocols": ["jobworker.2"], "ping_interval": 15}
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)
         async with serve(work, "127.0.0.1", 0, **options) as server:
             pipe.send(server.sockets[0].getsockname()[1])
             await server.wait_closed()
@@ -379,13 +473,16 @@ def open_table(bench: Bench) -> sqlite3.Connection:
     return database
 
 
+def insert(database: sqlite3.Connection, count: int) -> None:
+    database.execute("BEGIN")
+    database.executemany("INSERT INTO job (name, state) VALUES (?, ?)", [("empty", "queued")] * count)
+    database.execute("COMMIT")
+
+
 def sqlite_updates(bench: Bench, count: int, group: int) -> float:
     """Jobs a second through three updates each, in durable groups, with nothing else around them."""
     database = open_table(bench)
-    rows = [("empty", "queued")] * count
-    database.execute("BEGIN")
-    database.executemany("INSERT INTO job (name, state) VALUES (?, ?)", rows)
-    database.execute("COMMIT")
+    insert(database, count)
     began = time.perf_counter()
     for first in range(1, count + 1, group):
         for state in ("assigned", "running", "success"):
@@ -416,11 +513,66 @@ def run_alone(command: list[str], threads: int, seconds: float) -> float:
 # The rows
 
 
+def containers(bench: Bench, slots: int) -> list[Figure]:
+    """Real ones: ours against what anyone could type."""
+    if subprocess.run(["docker", "version"], capture_output=True, check=False).returncode:
+        raise SkippedError("no Docker engine answers")
+    count, server = max(bench.count(5 * slots + 15), slots), Server(bench)
+    start_worker(bench, server, slots, "docker")
+    ours = Figure(f"{count} containers, {slots} slots, to the last result", "s", STEPS)
+    peer = Figure(f"xargs -P{slots} docker run --rm", "s", NOTHING)
+    ratio = Figure("ours / xargs", "times", at_most=1.03)
+    command = ["xargs", f"-P{slots}", "-I{}", "docker", "run", "--rm", "--pull", "never", "busybox", "true"]
+    numbers = "\n".join(map(str, range(count)))
+    for turn in bench.turns:
+        ours.add(server.run_jobs(count, turn))
+        while subprocess.run(
+            ["docker", "ps", "-aq", "--filter", f"label=jobworker.worker=bench-{server.pid}"],
+            capture_output=True, check=True,
+        ).stdout:  # fmt: skip
+            time.sleep(0.1)
+        began = time.perf_counter()
+        subprocess.run(command, input=numbers, text=True, check=True)
+        peer.add(time.perf_counter() - began)
+        ratio.add(ours.samples[-1] / peer.samples[-1])
+    return [ours, peer, ratio]
+
+
+def empty_docker(bench: Bench) -> list[Figure]:
+    """What we add to starting a process."""
+    server, count = Server(bench), bench.count(5_000)
+    start_worker(bench, server, 8, bench.empty_docker)
+    ours = Figure("an empty docker, 8 slots", "jobs/s", STEPS, at_least=4_500)
+    alone = [Figure(f"subprocess.run of it alone, {threads} threads", "runs/s", NOTHING) for threads in (1, 4)]
+    command = [bench.empty_docker, "run", "--pull", "never", "--name", "jobworker-00000000-1-1", "busybox", "true"]
+    for turn in bench.turns:
+        ours.add(count / server.run_jobs(count, turn))
+        for figure, threads in zip(alone, (1, 4), strict=True):
+            figure.add(run_alone(command, threads, bench.seconds(1)))
+    return [ours, *alone]
+
+
+def protocol_alone(bench: Bench) -> list[Figure]:
+    """A worker whose jobs take no time."""
+    server, slots, count = Server(bench), 64, bench.count(20_000)
+    bare_port = bench.beside(bare_websockets).result()
+    ours = Figure(f"a worker that answers at once, {slots} slots", "jobs/s", STEPS, at_least=11_000)
+    bare = Figure("the same frames, jobs only counted", "jobs/s", NOTHING)
+    disk = Figure(f"SQLite FULL alone, 3 updates a job, {slots} a group", "jobs/s", "fsync each group")
+    for _ in bench.turns:
+        server.post_list(count)
+        ours.add(bench.beside(answer_at_once, server.port, slots, count).result())
+        bare.add(bench.beside(answer_at_once, bare_port, slots, count).result())
+        disk.add(sqlite_updates(bench, count, slots))
+    return [ours, bare, disk]
+
+
 def post(bench: Bench, connections: int, at_least: float) -> list[Figure]:
+    """POST of one job, again and again, over keep-alive connections."""
     server = Server(bench)
     http_port = bench.beside(bare_http).result()
     ours = Figure(f"POST of one job, {connections} connections", "jobs/s", FSYNC, at_least=at_least)
-    front = Figure("ThreadingHTTPServer alone", "requests/s", NOTHING)
+    front = Figure("ThreadingHTTPServer alone", "answers/s", NOTHING)
     disk = Figure("SQLite FULL alone, one by one", "commits/s", "fsync each")
     for _ in bench.turns:
         for figure, port in ((ours, server.port), (front, http_port)):
@@ -430,84 +582,246 @@ def post(bench: Bench, connections: int, at_least: float) -> list[Figure]:
 
 
 def post_list(bench: Bench) -> list[Figure]:
-    server = Server(bench)
-    count = bench.count(20_000)
+    """Many jobs by one request."""
+    server, count = Server(bench), bench.count(20_000)
     ours = Figure(f"POST of a list of {count}", "jobs/s", FSYNC, at_least=150_000)
     disk = Figure("SQLite FULL alone, one transaction", "rows/s", "fsync at the end")
     for _ in bench.turns:
         ours.add(count / server.post_list(count))
-        database, began = open_table(bench), time.perf_counter()
-        database.execute("BEGIN")
-        database.executemany("INSERT INTO job (name, state) VALUES (?, ?)", [("empty", "queued")] * count)
-        database.execute("COMMIT")
+        database = open_table(bench)
+        began = time.perf_counter()
+        insert(database, count)
         disk.add(count / (time.perf_counter() - began))
     return [ours, disk]
 
 
-def protocol_alone(bench: Bench) -> list[Figure]:
-    server = Server(bench)
-    slots, count = 64, bench.count(20_000)
-    bare_port = bench.beside(bare_websockets).result()
-    ours = Figure(f"a worker that answers at once, {slots} slots", "jobs/s", "fsync of each of 3 steps", at_least=11_000)
-    bare = Figure("the same frames, jobs only counted", "jobs/s", NOTHING)
-    disk = Figure(f"SQLite FULL alone, 3 updates a job in groups of {slots}", "jobs/s", "fsync each group")
+def latency(bench: Bench) -> list[Figure]:
+    """From POST to the answer of its ?wait, one job at a time."""
+    server, count = Server(bench), bench.count(1_000)
+    start_worker(bench, server, 4, bench.empty_docker)
+    p50 = Figure("POST to final, idle, empty docker: p50", "ms", STEPS, at_most=3)
+    p99 = Figure("p99", "ms", STEPS, at_most=10)
+    start = Figure("subprocess.run of it alone: p50", "ms", NOTHING)
+    disk = Figure("4 SQLite FULL commits alone: p50", "ms", "fsync each")
     for _ in bench.turns:
-        server.post_list(count)
-        ours.add(bench.beside(answer_at_once, server.port, slots, count).result())
-        bare.add(bench.beside(answer_at_once, bare_port, slots, count).result())
-        disk.add(sqlite_updates(bench, count, slots))
-    return [ours, bare, disk]
+        times = bench.beside(waits, server.port, count).result()
+        p50.add(statistics.median(times))
+        p99.add(statistics.quantiles(times, n=100)[98])
+        start.add(1_000 / run_alone([bench.empty_docker], 1, bench.seconds(0.5)))
+        disk.add(4_000 / sqlite_alone(bench, bench.seconds(0.5)))
+    return [p50, p99, start, disk]
 
 
-def empty_docker(bench: Bench) -> list[Figure]:
-    server, count = Server(bench), bench.count(5_000)
-    start_worker(bench, server, 8, bench.empty_docker)
-    ours = Figure("an empty docker, 8 slots", "jobs/s", "fsync of each of 3 steps", at_least=4_500)
-    alone = [Figure(f"subprocess.run of it alone, {threads} threads", "runs/s", NOTHING) for threads in (1, 4)]
-    command = [bench.empty_docker, "run", "--pull", "never", "--name", "jobworker-00000000-1-1", "busybox", "true"]
-    for turn in bench.turns:
-        began = time.perf_counter()
-        server.post_list(count)
-        server.wait_until_finished(count * (turn + 1))
-        ours.add(count / (time.perf_counter() - began))
-        for figure, threads in zip(alone, (1, 4), strict=True):
-            figure.add(run_alone(command, threads, bench.seconds(1)))
-    return [ours, *alone]
+def latency_million(bench: Bench) -> list[Figure]:
+    """The same beside a million jobs that no worker may take, and what these cost."""
+    servers, count, queued = (Server(bench), Server(bench)), bench.count(1_000), bench.count(1_000_000)
+    full = servers[1]
+    for _ in range(max(queued // 20_000, 1)):
+        full.post_list(min(queued, 20_000), "nobody")
+    workers = [start_worker(bench, server, 4, bench.empty_docker) for server in servers]
+    figures = [Figure(f"POST to final, {jobs} queued: p50", "ms", STEPS) for jobs in (0, queued)]
+    ratio = Figure("the latter / the former", "times", at_most=1.2)
+    rss = Figure("memory of its server", "MiB", at_most=100)
+    start = Figure("time until it listens", "s", at_most=1)
+    for _ in bench.turns:
+        for figure, server in zip(figures, servers, strict=True):
+            figure.add(statistics.median(bench.beside(waits, server.port, count).result()))
+        ratio.add(figures[1].samples[-1] / figures[0].samples[-1])
+        rss.add(memory(full.pid) / MEBI)
+    for worker in workers:
+        stop(worker)
+    for _ in bench.turns:
+        full.stop()
+        full = Server(bench, folder=full.folder)
+        start.add(full.seconds_to_start)
+    return [figures[1], figures[0], ratio, rss, start]
+
+
+def workers_1000(bench: Bench) -> list[Figure]:
+    """Many workers with nothing to do."""
+    count = bench.count(1_000)
+    per_worker = [Figure(f"{count} idle workers", "KiB each", at_most=25), Figure("websockets alone", "KiB each")]
+    cpu = [Figure("their cpu", "% of a core", at_most=2), Figure("websockets alone", "% of a core")]
+    told = [Figure("JobConfigs to all by SIGHUP", "s", at_most=1), Figure("websockets alone", "s")]
+    for _ in bench.turns:
+        server, bare = Server(bench), bench.beside(bare_websockets)
+        sides = [(server.pid, server.port), (bare.pid, bare.result())]
+        crowds = []
+        for (pid, port), figure in zip(sides, per_worker, strict=True):
+            before = memory(pid)
+            crowds.append(bench.beside(idle_workers, port, count))
+            crowds[-1].result()
+            figure.add((memory(pid) - before) / 1024 / count)
+        used = [cpu_seconds(pid) for pid, _port in sides]
+        seconds = bench.seconds(15)  # with a ping to each in it
+        time.sleep(seconds)
+        for figure, before_, (pid, _port) in zip(cpu, used, sides, strict=True):
+            figure.add((cpu_seconds(pid) - before_) / seconds * 100)
+        for figure, crowd, (pid, _port) in zip(told, crowds, sides, strict=True):
+            began = time.perf_counter()
+            os.kill(pid, signal.SIGHUP)
+            figure.add(crowd.result() - began)
+            crowd.end()
+        server.stop()
+        bare.end()
+    return [figure for pair in zip(per_worker, cpu, told, strict=True) for figure in pair]
+
+
+IMPORTS = "import asyncio,http.server,sqlite3,sys,websockets.asyncio.server,yaml;print(flush=True);sys.stdin.read()"
+
+
+def idle(bench: Bench) -> list[Figure]:
+    """What server and worker cost when there is nothing to do."""
+    start = [Figure("server: time until it listens", "s", at_most=0.3), Figure("the imports alone: time", "s")]
+    rss = [
+        Figure("server: memory", "MiB", at_most=33),
+        Figure("worker: memory", "MiB", at_most=28),
+        Figure("the imports alone: memory", "MiB"),
+    ]
+    cpu = [Figure(f"{who}: cpu", "% of a core", at_most=0.3) for who in ("server", "worker")]
+    for _ in bench.turns:
+        server = Server(bench)
+        start[0].add(server.seconds_to_start)
+        worker = start_worker(bench, server, 1, bench.empty_docker)
+        began = time.monotonic()
+        with subprocess.Popen([sys.executable, "-c", IMPORTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bare:
+            assert bare.stdin
+            assert bare.stdout
+            bare.stdout.readline()
+            start[1].add(time.monotonic() - began)
+            time.sleep(bench.seconds(2))
+            pids = (server.pid, worker.pid)
+            used = [cpu_seconds(pid) for pid in pids]
+            seconds = bench.seconds(10)
+            time.sleep(seconds)
+            for figure, before, pid in zip(cpu, used, pids, strict=True):
+                figure.add((cpu_seconds(pid) - before) / seconds * 100)
+            for figure, pid in zip(rss, (*pids, bare.pid), strict=True):
+                figure.add(memory(pid) / MEBI)
+            bare.stdin.close()
+        stop(worker)
+        server.stop()
+    return [*rss, *cpu, *start]
+
+
+# Not in the budget's table: --scale, --long, --peers
+
+
+def scale(bench: Bench) -> list[Figure]:
+    """Latency of POST and dispatch, and the server's memory, as ever more is there."""
+    server, million = Server(bench), bench.count(1_000_000)
+    figures: list[Figure] = []
+
+    def measure(what: str) -> None:
+        worker = start_worker(bench, server, 4, bench.empty_docker)
+        posts = bench.beside(waits, server.port, bench.count(1_000), "nobody", 0).result()
+        finals = bench.beside(waits, server.port, bench.count(1_000)).result()
+        stop(worker)
+        for name, times in (("POST", posts), ("POST to final", finals)):
+            figures.append(Figure(f"{what}: {name} p50", "ms", samples=[statistics.median(times)]))
+            figures.append(Figure(f"{what}: {name} p99", "ms", samples=[statistics.quantiles(times, n=100)[98]]))
+        figures.append(Figure(f"{what}: server's memory", "MiB", samples=[memory(server.pid) / MEBI]))
+
+    def fill() -> None:
+        for _ in range(max(million // 20_000, 1)):
+            server.post_list(min(million, 20_000), "nobody")
+
+    measure("nothing")
+    fill()
+    measure(f"{million} queued")
+    server.stop()
+    with contextlib.closing(sqlite3.connect(server.folder / "jobs.db")) as database, database:
+        database.execute("UPDATE job SET state = 'success', started_at = created_at, finished_at = created_at")
+    server = Server(bench, folder=server.folder)
+    fill()
+    measure(f"and {million} finished")
+    (job,) = server.ask("GET", "/api/jobs?state=queued&limit=1")
+    paths = ["/api/events"] * bench.count(200) + [f"/api/jobs/{job['id']}/log?follow=1"] * bench.count(100)
+    bench.beside(listen, server.port, paths).result()
+    measure(f"and {len(paths)} listeners")
+    return figures
+
+
+def long(bench: Bench) -> list[Figure]:
+    """A million jobs through a worker, pruned after 20 s: what grows?"""
+    server, total = Server(bench, "--keep=20s"), bench.count(1_000_000)
+    worker = start_worker(bench, server, 8, bench.empty_docker)
+    who = (("server", server.pid), ("worker", worker.pid))
+    rss = [Figure(f"{name}: memory", "MiB") for name, _pid in who]
+    files = [Figure(f"{name}: descriptors", "open") for name, _pid in who]
+    size = Figure("jobs.db", "MiB")
+    posted, began = 0, time.perf_counter()
+    while posted < total or sum(server.ask("GET", "/healthz")["jobs"][state] for state in ("queued", "running")):
+        if posted < total and server.ask("GET", "/healthz")["jobs"]["queued"] < 20_000:
+            posted += 20_000
+            server.post_list(20_000)
+            print(f"{posted} posted, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        for figures, look in ((rss, lambda pid: memory(pid) / MEBI), (files, descriptors)):
+            for figure, (_name, pid) in zip(figures, who, strict=True):
+                figure.add(look(pid))
+        size.add(sum(file.stat().st_size for file in server.folder.glob("jobs.db*")) / MEBI)
+        time.sleep(bench.seconds(2))
+    rate = Figure(f"{posted} jobs", "jobs/s", STEPS, samples=[posted / (time.perf_counter() - began)])
+    return [rate, *rss, *files, size]
+
+
+def descriptors(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 ROWS: dict[str, Callable[[Bench], list[Figure]]] = {
+    "containers-1": functools.partial(containers, slots=1),
+    "containers-4": functools.partial(containers, slots=4),
     "empty-docker": empty_docker,
     "protocol": protocol_alone,
     "post-1": functools.partial(post, connections=1, at_least=4_000),
     "post-16": functools.partial(post, connections=16, at_least=9_000),
     "post-64": functools.partial(post, connections=64, at_least=11_000),
     "post-list": post_list,
+    "latency": latency,
+    "latency-million": latency_million,
+    "workers-1000": workers_1000,
+    "idle": idle,
 }
+MORE: dict[str, Callable[[Bench], list[Figure]]] = {"scale": scale, "long": long}
 
 
-def table(name: str, figures: list[Figure]) -> list[str]:
-    ours = figures[0].median
-    lines = []
+def table(name: str, figures: list[Figure]) -> Iterator[str]:
+    ours = figures[0]
     for figure in figures:
-        ratio = f"{ours / figure.median:.2f}" if figure.unit.endswith("/s") and figure is not figures[0] else ""
+        per_second = figure.unit.endswith("/s") and figure is not ours
+        ratio = f"{ours.median / figure.median:.2f}" if per_second else ""
         spread = f"{number(min(figure.samples))} .. {number(max(figure.samples))}"
-        lines.append(
-            f"{name if figure is figures[0] else '':<14}{figure.what:<52}{number(figure.median):>9} {figure.unit:<11}"
-            f"{spread:<20}{ratio:>6}  {figure.budget:<18}{figure.survives}".rstrip()
-        )
-    return lines
+        yield (
+            f"{name if figure is ours else '':<16}{figure.what:<48}{number(figure.median):>8} {figure.unit:<12}"
+            f"{spread:<20}{ratio:>6}  {figure.budget:<18} {figure.kept}"
+        ).rstrip()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []])
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--quick", action="store_true")
+    parser = argparse.ArgumentParser(description="How fast jobworker is here, beside what else does the same.")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="these rows alone; --list names them")
+    parser.add_argument("--list", action="store_true", help="which rows there are")
+    parser.add_argument("--quick", action="store_true", help="for a moment each, only to see that they run")
+    for name, function in MORE.items():
+        parser.add_argument(f"--{name}", action="append_const", dest="more", const=name, help=function.__doc__)
     options = parser.parse_args()
-    for name in options.rows or ROWS:
+    rows = ROWS | MORE
+    if unknown := [name for name in options.rows if name not in rows]:
+        parser.error(f"no row {unknown[0]}; there are: {', '.join(rows)}")
+    if options.list:
+        print("\n".join(rows))
+        return 0
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    head = f"{'row':<16}{'what':<48}{'median':>8} {'':<12}{'min .. max':<20}{'ratio':>6}  {'budget':<18} how it is kept"
+    print(head, flush=True)
+    for name in options.rows or options.more or ROWS:
         bench = Bench(options.quick)
         with bench.row():
-            print("\n".join(table(name, ROWS[name](bench))), flush=True)
+            try:
+                print("\n".join(table(name, rows[name](bench))), flush=True)
+            except SkippedError as error:
+                print(f"{name:<16}skipped: {error}", flush=True)
     return 0
 
 

@@ -1,0 +1,201 @@
+"""What each key of jobs.yaml does to a real container: one `docker run` a test, on the engine of DOCKER_HOST."""
+
+import json
+import os
+import subprocess
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from config import load_jobs
+from client import docker_run_command
+
+pytestmark = pytest.mark.skipif(
+    subprocess.run(["docker", "version"], capture_output=True, check=False).returncode != 0,
+    reason="no engine runs here",
+)
+
+
+class Container:
+    """A container of a job whose further keys are given as lines; `output` and `code` are what came of it."""
+
+    def __init__(self, keys: str, tmp_path: Path, environment: dict[str, str], version: int = 2) -> None:
+        self.name = f"config-test-{uuid.uuid4().hex[:12]}"
+        file = tmp_path / "jobs.yaml"
+        image = "" if "image:" in keys else "  image: busybox\n"
+        file.write_text("- name: job\n" + image + "".join(f"  {line}\n" for line in keys.split("\n")))
+        (job,) = load_jobs(file)
+        wire = json.loads(json.dumps(job.to_wire()))
+        command = docker_run_command(wire, self.name, {"config-test": "yes"}, environment, version)
+        done = subprocess.run(
+            ["docker", *command.arguments],
+            input=command.stdin.encode(),
+            env={**os.environ, "FROM_WORKER": "hers", **command.variables},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+            check=False,
+        )
+        self.output, self.code = done.stdout.decode(), done.returncode
+
+    def inspect(self, path: str) -> str:
+        """Give what `docker inspect` says at a path such as .HostConfig.Memory."""
+        found = subprocess.run(
+            ["docker", "inspect", "-f", f"{{{{json {path}}}}}", self.name], capture_output=True, check=False
+        )
+        return found.stdout.decode().strip()
+
+
+class Runner:
+    def __init__(self, tmp_path: Path) -> None:
+        self.tmp_path, self.names = tmp_path, list[str]()
+
+    def __call__(self, keys: str, environment: dict[str, str] | None = None, version: int = 2) -> Container:
+        container = Container(keys, self.tmp_path, environment or {}, version)
+        self.names.append(container.name)
+        return container
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Runner]:
+    runner = Runner(tmp_path)
+    yield runner
+    subprocess.run(["docker", "rm", "-f", "-v", *runner.names], capture_output=True, check=False)
+
+
+class TestRealContainers:
+    def test_an_image_alone_runs_its_own_command(self, run: Runner) -> None:
+        container = run("image: hello-world")
+        assert container.code == 0
+        assert "Hello" in container.output
+
+    def test_a_command_string_is_split_like_a_shells_and_run_without_one(self, run: Runner) -> None:
+        assert run("command: echo 'a  b' $HOME \"c d\"").output == "a  b $HOME c d\n"
+
+    def test_a_command_list_is_kept_word_for_word(self, run: Runner) -> None:
+        assert run("command: [printf, '[%s]', '', 'a  b', --rm, '*']").output == "[][a  b][--rm][*]"
+
+    def test_a_version_1_command_is_one_argument(self, run: Runner) -> None:
+        assert run("command: echo hi", version=1).code == 127
+
+    def test_the_exit_code_is_the_containers(self, run: Runner) -> None:
+        assert run("command: sh -c 'exit 7'").code == 7
+
+    def test_entrypoint_comes_before_the_command(self, run: Runner) -> None:
+        container = run("entrypoint: [echo, one]\ncommand: [two, three]")
+        assert container.output == "one two three\n"
+        assert container.inspect(".Config.Entrypoint") == '["echo"]'
+
+    def test_an_empty_entrypoint_leaves_the_command_alone(self, run: Runner) -> None:
+        assert run("entrypoint: ''\ncommand: echo hi").output == "hi\n"
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "plain",
+            "",
+            " a  b ",
+            "a=b=c",
+            "#x",
+            "'\"$`\\",
+            "two\nlines\n",
+            "tab\tcr\r",
+            "é 日本 🎉 \u202e \u00a0",
+            "x" * 30_000,
+        ],
+    )
+    @pytest.mark.parametrize("name", ["VALUE", "A.B-c"])
+    def test_a_value_arrives_byte_for_byte(self, name: str, value: str, run: Runner) -> None:
+        container = run("command: env\nparameters:\n  VALUE:\n  A.B-c:", {name: value})
+        assert f"{name}={value}\n" in container.output
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("HOME", "/weird #1 'x'"), ("LD_PRELOAD", "/none.so"), ("DOCKER_HOST", "tcp://127.0.0.1:1"),
+         ("GODEBUG", "http2debug=2"), ("HTTP_PROXY", "http://127.0.0.1:1"), ("DOCKER_CONFIG", "/none"),
+         ("DOCKER_CONTEXT", "none"), ("TMPDIR", "/none"),
+         ("XDG_RUNTIME_DIR", "/none"), ("SSL_CERT_FILE", "/none"), ("DOCKER_TLS_VERIFY", "1"), ("LANG", "日本 = 'x'")],
+    )  # fmt: skip
+    def test_a_variable_that_docker_reads_reaches_the_job_and_not_docker(
+        self, name: str, value: str, run: Runner
+    ) -> None:
+        container = run(f"command: [/bin/busybox, env]\nenvironment:\n  {name}: {json.dumps(value)}")
+        assert container.code == 0
+        assert f"{name}={value}\n" in container.output
+
+    def test_path_is_the_jobs_own(self, run: Runner) -> None:
+        container = run("command: [/bin/busybox, env]\nenvironment: [PATH=/nowhere]")
+        assert "PATH=/nowhere\n" in container.output
+
+    def test_a_name_alone_takes_the_workers_value_or_stays_unset(self, run: Runner) -> None:
+        output = run("command: env\nenvironment: [FROM_WORKER, NOT_THERE, FIXED=1]").output
+        assert "FROM_WORKER=hers\n" in output
+        assert "FIXED=1\n" in output
+        assert "NOT_THERE" not in output
+
+    def test_the_jobs_value_goes_over_the_configurations(self, run: Runner) -> None:
+        output = run("command: env\nenvironment: {A: config}\nparameters: {A: }", {"A": "job"}).output
+        assert "A=job\n" in output
+
+    def test_volumes_are_mounted_and_ro_is_read_only(self, run: Runner, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("from the host")
+        container = run(f"command: sh -c 'cat /v/file; touch /v/x'\nvolumes: ['{tmp_path}:/v:ro', /anonymous]")
+        assert container.output.startswith("from the host")
+        assert container.code == 1
+        assert "Read-only" in container.output
+
+    def test_working_dir_is_where_the_command_starts(self, run: Runner) -> None:
+        assert run("command: pwd\nworking_dir: '/srv/a b'").output == "/srv/a b\n"
+
+    def test_user_is_who_runs_it(self, run: Runner) -> None:
+        assert run("command: id\nuser: '1234:5678'").output.startswith("uid=1234 gid=5678")
+
+    def test_network_mode_none_has_no_network(self, run: Runner) -> None:
+        assert run("command: ls /sys/class/net\nnetwork_mode: none").output == "lo\n"
+
+    def test_mem_limit_is_the_cgroups_limit(self, run: Runner) -> None:
+        files = "/sys/fs/cgroup/memory.max /sys/fs/cgroup/memory/memory.limit_in_bytes"
+        container = run(f"command: sh -c 'cat {files} 2>/dev/null'\nmem_limit: 64m")
+        assert container.output == f"{64 * 1024 * 1024}\n"
+
+    def test_cpus_is_the_cgroups_quota(self, run: Runner) -> None:
+        files = "/sys/fs/cgroup/cpu.max /sys/fs/cgroup/cpu/cpu.cfs_quota_us"
+        assert run(f"command: sh -c 'cat {files} 2>/dev/null'\ncpus: 0.5").output.startswith("50000")
+
+    def test_pids_limit_is_the_cgroups_limit(self, run: Runner) -> None:
+        files = "/sys/fs/cgroup/pids.max /sys/fs/cgroup/pids/pids.max"
+        assert run(f"command: sh -c 'cat {files} 2>/dev/null'\npids_limit: 23").output == "23\n"
+
+    def test_platform_is_asked_for(self, run: Runner) -> None:
+        assert run("command: 'true'\nplatform: linux/amd64").code == 0
+        assert run("command: 'true'\nplatform: linux/s390x").code == 125
+
+    def test_init_is_process_1(self, run: Runner) -> None:
+        assert "init" in run("command: cat /proc/1/comm\ninit: true").output
+        assert run("command: cat /proc/1/comm").output == "cat\n"
+
+    def test_labels_are_the_containers(self, run: Runner) -> None:
+        labels = json.loads(run("command: 'true'\nlabels: {a: 'b=c', empty: }").inspect(".Config.Labels"))
+        assert labels == {"a": "b=c", "empty": "", "config-test": "yes"}
+
+    def test_stop_grace_period_is_docker_stops_own_time(self, run: Runner) -> None:
+        assert run("command: 'true'\nstop_grace_period: 1m30s").inspect(".Config.StopTimeout") == "90"
+
+    def test_options_reach_docker_run(self, run: Runner) -> None:
+        container = run("command: sh -c 'hostname; touch /x'\noptions: --hostname forge --read-only --tmpfs /tmp")
+        assert container.output.startswith("forge\n")
+        assert "Read-only" in container.output
+
+    def test_every_container_has_a_bounded_log(self, run: Runner) -> None:
+        container = run("command: 'true'")
+        assert json.loads(container.inspect(".HostConfig.LogConfig")) == {
+            "Type": "json-file",
+            "Config": {"max-file": "3", "max-size": "10m"},
+        }
+
+    def test_a_missing_image_is_not_pulled(self, run: Runner) -> None:
+        container = run("image: none.example/none")
+        assert container.code == 125
+        assert "No such image" in container.output

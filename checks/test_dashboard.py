@@ -1,0 +1,671 @@
+"""The dashboard, in a real browser, against a real server with real workers: a class per thing it is for.
+
+Needs Chromium at CHROMIUM (Debian: `apt-get install chromium`); playwright drives it, axe-playwright-python brings axe.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Route, expect, sync_playwright
+
+from test_jobworker import ROOT, Server, Stage, stage, until  # noqa: F401
+
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
+CHROMIUM_SWITCHES = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+in_every_look = pytest.mark.parametrize(
+    "look",
+    [pytest.param((width, scheme), id=f"{width}-{scheme}") for width in (375, 1280) for scheme in ("light", "dark")],
+)
+LONG_LOG_LINES = 100_000
+LONGEST_TASK_MS = """() => {
+  window.longest = 0;
+  const note = (list) => list.getEntries().forEach((task) => { window.longest = Math.max(window.longest, task.duration); });
+  new PerformanceObserver(note).observe({ entryTypes: ["longtask"] });
+}"""
+TOO_WIDE = """() => [document.documentElement, ...document.querySelectorAll("header *, main :not(thead *), footer *")]
+  .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 1)
+  .map((node) => node.outerHTML.slice(0, 80))"""
+MARKUP = "<img src=x onerror=alert(1)>"
+
+SITE_JOBS = f"""
+- name: hello-world
+  image: hello-world
+- name: sh
+  image: busybox
+  command: [sh, -c, 'eval "$SCRIPT"']
+  parameters: {{SCRIPT: {{required: true}}}}
+  stop_grace_period: 1s
+- name: quick
+  image: busybox
+  command: "true"
+- name: backup
+  image: busybox
+  command: [sh, -c, 'echo "$DATABASE $KEEP"']
+  parameters: {{DATABASE: {{required: true, pattern: "[a-z_-]+"}}, KEEP: {{default: "14"}}}}
+- name: twice
+  image: busybox
+  command: [sh, -c, 'echo "this is attempt $JOBWORKER_ATTEMPT"; [ "$JOBWORKER_ATTEMPT" = 2 ]']
+  retries: 1
+  retry_delay: 10ms
+- name: gpu
+  image: busybox
+  command: "true"
+  tags: [gpu]
+- name: '{MARKUP}'
+  image: busybox
+  command: [sh, -c, 'echo "$WHO"; echo "<script>alert(2)</script>"']
+  parameters: {{WHO: {{default: "<b>nobody</b>"}}}}
+"""
+
+pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no Chromium here")
+
+
+class Reader:
+    """Someone who looks at the page. At the end: no error on the console, no request to elsewhere, nothing too wide."""
+
+    def __init__(self, browser: Browser, server: Server, width: int, scheme: Any, **context: Any) -> None:
+        self.origin = f"http://127.0.0.1:{server.port}"
+        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **context)
+        self.page = self.context.new_page()
+        self.errors: list[str] = []
+        self.requests: list[Request] = []
+        self.tolerates = "(?!)"
+        self.page.on("console", self._note)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request))  # noqa: PLW0108 playwright marks it
+
+    def _note(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.errors.append(message.text)
+
+    def open(self, hash_: str = "") -> Page:
+        self.page.goto(f"{self.origin}/{hash_}")
+        return self.page
+
+    def open_live(self, hash_: str = "") -> Page:
+        expect(self.open(hash_).get_by_text("Live", exact=True)).to_be_visible()
+        return self.page
+
+    def close(self) -> None:
+        too_wide = self.page.evaluate(TOO_WIDE)
+        self.context.close()
+        assert [error for error in self.errors if not re.search(self.tolerates, error)] == []
+        assert [request.url for request in self.requests if not request.url.startswith((self.origin, "data:"))] == []
+        assert too_wide == []
+
+
+ReaderOf = Callable[..., Reader]
+
+
+@pytest.fixture(scope="class")
+def browser() -> Iterator[Browser]:
+    expect.set_options(timeout=10_000)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_SWITCHES)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def reader_of(browser: Browser) -> Iterator[ReaderOf]:
+    readers: list[Reader] = []
+
+    def come(server: Server, width: int = 1280, scheme: str = "light", **context: Any) -> Reader:
+        readers.append(Reader(browser, server, width, scheme, **context))
+        return readers[-1]
+
+    yield come
+    for reader in readers:
+        reader.close()
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with two workers."""
+    stage = Stage(tmp_path_factory.mktemp("site"))
+    server = stage.server("--hold", jobs=SITE_JOBS)
+    stage.worker(server, "--slots", "4", "--tag", "storage", name="atlas-1")
+    stage.worker(server, "--slots", "2", name="borealis-1")
+    server.ended(server.post("hello-world"))
+    server.ended(server.sh("exit 3"))
+    yield server
+    stage.close()
+
+
+@pytest.fixture
+def look() -> tuple[int, str]:
+    """A width in pixels and a colour scheme; `in_every_look` gives a test all."""
+    return 1280, "light"
+
+
+@pytest.fixture
+def page(site: Server, reader_of: ReaderOf, look: tuple[int, str]) -> Page:
+    """The site's page, live."""
+    return reader_of(site, *look).open_live()
+
+
+def count_of(page: Page, state: str) -> int:
+    return int(page.get_by_role("link", name=re.compile(rf"^\d+ {state}$")).inner_text().split()[0])
+
+
+def row_of(page: Page, job: int) -> Locator:
+    return page.get_by_role("row").filter(has=page.locator(f'a[href="#/jobs/{job}"]'))
+
+
+def unfold(page: Page, panel: str) -> Locator:
+    """A panel's content, which a narrow page shows at a tap."""
+    found = page.locator(f"#{panel}")
+    if found.get_attribute("open") is None:
+        found.locator("summary").click()
+    return found
+
+
+def open_job(page: Page, job: int) -> Locator:
+    page.goto(f"{page.url.split('#')[0]}#/jobs/{job}")
+    dialog = page.get_by_role("dialog", name=re.compile(rf"#{job}$"))
+    expect(dialog.get_by_role("list", name="History")).to_be_visible()
+    return dialog
+
+
+def assert_accessible(page: Page) -> None:
+    found = Axe().run(page)
+    assert not found.violations_count, found.generate_report()
+
+
+class TestDashboardAtAGlance:
+    """What waits, runs and has ended, and who works, without a click."""
+
+    @in_every_look
+    def test_each_count_is_a_filter_with_an_address_of_its_own(self, page: Page, site: Server) -> None:
+        failed = site.sh("exit 7")
+        site.ended(failed)
+        expect(row_of(page, failed)).to_contain_text("exit 7")
+        failures = len(site.get("/api/jobs?state=failure"))
+        page.get_by_role("link", name=f"{failures} Failure").click()
+        expect(page.get_by_role("heading", name="Failed jobs")).to_be_visible()
+        expect(page).to_have_url(re.compile(r"#/\?state=failure$"))
+        expect(page.locator("#list tbody [data-state]:not([data-state=failure])")).to_have_count(0)
+        page.reload()
+        expect(page.get_by_role("heading", name="Failed jobs")).to_be_visible()
+        expect(row_of(page, failed)).to_be_visible()
+
+    def test_a_job_shows_up_and_changes_by_itself(self, page: Page, site: Server) -> None:
+        job = site.sh("sleep 3; exit 3")
+        expect(row_of(page, job)).to_contain_text("Running")
+        expect(row_of(page, job)).to_contain_text("Failure")
+        expect(row_of(page, job)).to_contain_text("exit 3")
+        expect(page.get_by_role("row").nth(1)).to_contain_text(f"#{job}")
+
+    def test_charts_show_throughput_queue_latency_and_busy_slots(self, page: Page, site: Server) -> None:
+        busy = site.sh("sleep 3")
+        for _ in range(5):
+            site.post("quick")
+        expect(page.locator("#slots b")).to_have_text(re.compile(r"^[1-6] of 6$"))
+        expect(page.locator("#throughput b")).not_to_have_text("0/s")
+        expect(page.locator("#throughput .bars")).to_have_attribute("d", re.compile("h.76V"))
+        expect(page.locator("#latency b")).to_have_text(re.compile("s$"))
+        expect(page.locator("#slots .area")).to_have_attribute("d", re.compile("h1V40"))
+        site.http("DELETE", f"/api/jobs/{busy}")
+
+    @in_every_look
+    def test_a_worker_is_a_card(self, page: Page, site: Server) -> None:
+        job = site.sh("sleep 30")
+        until(lambda: site.state(job) == "running")
+        name = site.job(job)["worker"]
+        card = unfold(page, "workers").get_by_role("listitem").filter(has_text=name)
+        expect(card).to_contain_text(f"1 of {4 if name == 'atlas-1' else 2} busy")
+        expect(card).to_contain_text(re.compile(r"since \d"))
+        expect(card.get_by_role("link", name=f"#{job}")).to_be_visible()
+        expect(page.locator("#workers")).to_contain_text("storage")
+        site.http("DELETE", f"/api/jobs/{job}")
+        expect(card.get_by_role("link", name=f"#{job}")).to_have_count(0)
+
+    def test_jobs_come_in_pages_newest_first(self, site: Server, reader_of: ReaderOf) -> None:
+        body = [{"name": "quick"}] * 120
+        jobs = [job["id"] for job in site.http("POST", "/api/jobs", body).json]
+        for job in jobs:
+            site.ended(job)
+        page = reader_of(site).open_live("#/?name=quick")
+        shown = page.locator("#list tbody tr .id")
+        expect(shown.first).to_have_text(f"#{jobs[-1]}")
+        assert [int(text[1:]) for text in shown.all_inner_texts()] == jobs[:-51:-1]
+        page.get_by_role("button", name="Older").click()
+        expect(shown.first).to_have_text(f"#{jobs[-51]}")
+        page.reload()
+        expect(shown.first).to_have_text(f"#{jobs[-51]}")
+        page.get_by_role("button", name="Newer").click()
+        expect(shown.first).to_have_text(f"#{jobs[-1]}")
+        expect(page.get_by_role("button", name="Newer")).to_be_hidden()
+
+    def test_a_waiting_job_says_what_for(self, page: Page, site: Server) -> None:
+        job = site.post("gpu")
+        expect(row_of(page, job)).to_contain_text("no worker has the tag gpu")
+        site.http("DELETE", f"/api/jobs/{job}")
+        expect(row_of(page, job)).to_contain_text("Cancelled")
+
+    def test_a_page_of_200_workers_shows_some_and_the_rest_on_demand(self, site: Server, reader_of: ReaderOf) -> None:
+        worker = site.get("/api/workers?full=1")[0]
+        many = [{**worker, "id": 1000 + n, "name": f"node-{n:03d}"} for n in range(200)]
+        reader = reader_of(site)
+        reader.page.route("**/api/workers?full=1", lambda route: route.fulfill(json=many))
+        page = reader.open_live()
+        cards = page.locator("#workers li")
+        expect(cards).to_have_count(6)
+        page.locator("#workers").get_by_role("button", name="Show all 200").click()
+        expect(cards).to_have_count(200)
+        page.locator("#workers").get_by_role("button", name="Show fewer").click()
+        expect(cards).to_have_count(6)
+
+
+class TestDashboardActs:
+    """Run, watch, cancel, retry."""
+
+    def run_dialog(self, page: Page, name: str) -> Locator:
+        unfold(page, "configs").get_by_role("button", name=f"Run {name}").click()
+        return page.get_by_role("dialog", name=f"Run {name}")
+
+    @in_every_look
+    def test_a_job_is_run_with_its_parameters(self, page: Page, site: Server) -> None:
+        dialog = self.run_dialog(page, "backup")
+        expect(dialog.get_by_label("KEEP")).to_have_value("14")
+        dialog.get_by_label("DATABASE").fill("shop")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        page.get_by_role("link", name=re.compile(r"^Open #\d+$")).click()
+        drawer = page.get_by_role("dialog", name=re.compile(r"^backup #\d+$"))
+        expect(drawer).to_contain_text("Success")
+        expect(drawer.get_by_role("region", name="Log")).to_contain_text("shop 14")
+        job = int(page.url.rpartition("/")[2])
+        assert site.job(job)["environment"]["DATABASE"] == "shop"
+
+    def test_a_parameter_that_is_missing_or_does_not_fit_is_not_sent(self, page: Page, site: Server) -> None:
+        jobs = len(site.get("/api/jobs"))
+        dialog = self.run_dialog(page, "backup")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        assert dialog.get_by_label("DATABASE").evaluate("input => input.validity.valueMissing")
+        dialog.get_by_label("DATABASE").fill("Shop 1")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(dialog.get_by_label("DATABASE")).to_have_attribute("aria-invalid", "true")
+        expect(dialog).to_contain_text("must match [a-z_-]+")
+        assert len(site.get("/api/jobs")) == jobs
+
+    def test_a_refusal_is_said_in_the_servers_words(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server(jobs=SITE_JOBS)
+        reader = reader_of(server)
+        reader.tolerates = "status of 500"
+        dialog = self.run_dialog(reader.open_live(), "hello-world")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(dialog.get_by_role("alert")).to_contain_text("worker is not exist.")
+        expect(dialog).to_be_visible()
+
+    def test_a_lost_answer_does_not_run_a_job_twice(self, site: Server, reader_of: ReaderOf) -> None:
+        reader = reader_of(site)
+        reader.tolerates = "ERR_FAILED"
+        page = reader.open_live()
+
+        def lose_answer(route: Route) -> None:
+            route.fetch()
+            route.abort()
+
+        page.route("**/api/jobs/hello-world", lose_answer, times=1)
+        jobs = len(site.get("/api/jobs"))
+        dialog = self.run_dialog(page, "hello-world")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(dialog.get_by_role("alert")).to_have_text("The server cannot be reached.")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(dialog).to_be_hidden()
+        assert len(site.get("/api/jobs")) == jobs + 1
+
+    @in_every_look
+    def test_a_running_jobs_log_is_followed(self, page: Page, site: Server) -> None:
+        job = site.sh("for i in 1 2 3; do echo line $i; sleep 0.5; done; printf unended; sleep 0.5; echo; echo the end")
+        drawer = open_job(page, job)
+        log = drawer.get_by_role("region", name="Log")
+        for text in ("line 1", "line 3", "unended", "the end"):
+            expect(log).to_contain_text(text)
+        expect(drawer).to_contain_text("Success")
+        expect(drawer).to_contain_text("5 lines")
+
+    def test_a_log_is_shown_as_a_terminal_would_leave_it(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh(r"printf '\033[31mred\033[0m\n10%%\r100%%\nbell\007\n'")
+        site.ended(job)
+        log = open_job(reader_of(site).open(), job).get_by_role("region", name="Log")
+        expect(log).to_have_text(re.compile(r"^\s*red\s+100%\s+bell\s*$"))
+
+    def test_a_long_log_stays_quick_and_can_be_searched(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh(f"seq {LONG_LOG_LINES}")
+        site.ended(job)
+        page = reader_of(site).open()
+        drawer = open_job(page, job)
+        log = drawer.get_by_role("region", name="Log")
+        expect(log).to_contain_text(f"\n{LONG_LOG_LINES}")
+        expect(drawer).to_contain_text("the last 5,000 lines")
+        page.evaluate(LONGEST_TASK_MS)
+        drawer.get_by_role("button", name="Show all").click()
+        expect(drawer).to_contain_text(f"{LONG_LOG_LINES:,} lines")
+        assert log.evaluate("view => view.querySelectorAll('*').length") < 1000
+        drawer.get_by_label("Show only the log's lines").fill("77777")
+        expect(drawer).to_contain_text(f"1 of {LONG_LOG_LINES:,} lines")
+        expect(log).to_have_text("77777")
+        assert page.evaluate("window.longest") < 1000
+
+    def test_following_ends_by_scrolling_up_and_begins_at_the_end(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh("seq 300; while sleep 0.2; do echo more; done")
+        page = reader_of(site).open()
+        drawer = open_job(page, job)
+        log, follow = drawer.get_by_role("region", name="Log"), drawer.get_by_label("Follow")
+        expect(log).to_contain_text("more")
+        assert log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40
+        log.hover()
+        page.mouse.wheel(0, -500)
+        expect(follow).not_to_be_checked()
+        follow.check()
+        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        site.http("DELETE", f"/api/jobs/{job}")
+        expect(drawer).to_contain_text("Cancelled")
+
+    def test_each_attempt_has_its_log(self, page: Page, site: Server) -> None:
+        job = site.post("twice")
+        site.ended(job)
+        drawer = open_job(page, job)
+        log = drawer.get_by_role("region", name="Log")
+        expect(log).to_contain_text("this is attempt 2")
+        expect(drawer.get_by_role("table", name="Attempts").get_by_role("row")).to_have_count(3)
+        drawer.get_by_role("button", name="Show: the log of attempt 1").click()
+        expect(log).to_contain_text("this is attempt 1")
+
+    @in_every_look
+    def test_a_cancel_is_confirmed_first(self, page: Page, site: Server) -> None:
+        job = site.sh("sleep 60")
+        drawer = open_job(page, job)
+        expect(drawer).to_contain_text("Running")
+        drawer.get_by_role("button", name="Cancel").click()
+        question = page.get_by_role("dialog", name=f"Cancel sh #{job}?")
+        question.get_by_role("button", name="Leave it").click()
+        assert site.state(job) == "running"
+        drawer.get_by_role("button", name="Cancel").click()
+        question.get_by_role("button", name="Cancel the job").click()
+        expect(drawer).to_contain_text("Cancelled")
+        assert site.ended(job)["state"] == "cancelled"
+
+    def test_a_retry_is_confirmed_and_leads_to_the_new_job(self, page: Page, site: Server) -> None:
+        job = site.sh("exit 3")
+        site.ended(job)
+        open_job(page, job).get_by_role("button", name="Retry").click()
+        page.get_by_role("dialog", name="Run sh again?").get_by_role("button", name="Retry").click()
+        expect(page).not_to_have_url(re.compile(rf"#/jobs/{job}$"))
+        new = int(page.url.rpartition("/")[2])
+        expect(page.get_by_role("dialog", name=f"sh #{new}")).to_contain_text("It exited with code 3")
+        assert site.job(new)["environment"] == site.job(job)["environment"]
+
+    def test_a_log_can_be_had_as_a_file(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh("echo kept")
+        site.ended(job)
+        page = reader_of(site).open()
+        drawer = open_job(page, job)
+        with page.expect_download() as download:
+            drawer.get_by_role("button", name="Download").click()
+        assert download.value.suggested_filename == f"sh-{job}.log"
+        assert download.value.path().read_text() == "kept\n"
+
+
+class TestDashboardManners:
+    """What people expect of any page."""
+
+    @in_every_look
+    def test_axe_finds_nothing_in_the_list(self, page: Page) -> None:
+        unfold(page, "configs")
+        unfold(page, "workers")
+        expect(page.get_by_role("row").nth(1)).to_be_visible()
+        assert_accessible(page)
+
+    @in_every_look
+    def test_axe_finds_nothing_in_a_job(self, page: Page, site: Server) -> None:
+        job = site.post("twice")
+        site.ended(job)
+        drawer = open_job(page, job)
+        expect(drawer.get_by_role("region", name="Log")).to_contain_text("attempt 2")
+        until(lambda: page.evaluate("document.getAnimations().length") == 0)
+        assert_accessible(page)
+
+    @in_every_look
+    def test_axe_finds_nothing_in_the_dialogs(self, page: Page) -> None:
+        unfold(page, "configs").get_by_role("button", name="Run backup").click()
+        page.get_by_label("DATABASE").fill("Shop 1")
+        assert_accessible(page)
+
+    def test_all_can_be_done_by_keyboard(self, site: Server, reader_of: ReaderOf) -> None:
+        first, second = site.post("quick"), site.post("quick")
+        site.ended(second)
+        page = reader_of(site).open_live()
+        expect(row_of(page, second)).to_be_visible()
+        page.keyboard.press("/")
+        expect(page.get_by_label("Go to a job")).to_be_focused()
+        page.keyboard.type(str(first))
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog", name=f"quick #{first}")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_be_hidden()
+        row_of(page, second).get_by_role("link").focus()
+        page.keyboard.press("ArrowDown")
+        expect(row_of(page, first).get_by_role("link")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog", name=f"quick #{first}")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(row_of(page, first).get_by_role("link")).to_be_focused()
+        expect(page).to_have_url(re.compile(r"#/$|/$"))
+
+    def test_focus_is_always_seen(self, page: Page) -> None:
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            seen = "node => ['', '::after'].some((part) => getComputedStyle(node, part).outlineStyle !== 'none')"
+            assert page.locator(":focus").evaluate(seen)
+
+    @in_every_look
+    def test_the_jobs_stay_a_table_for_screen_readers(self, page: Page) -> None:
+        table = page.get_by_role("table", name="Jobs")
+        expect(table.get_by_role("row").nth(1)).to_be_visible()
+        assert table.get_by_role("row").last.get_by_role("cell").count() == 6
+        for landmark in ("banner", "main", "contentinfo"):
+            expect(page.get_by_role(landmark)).to_have_count(1)
+
+    def test_times_are_in_the_readers_zone_and_exact_on_hover(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.post("quick")
+        created = site.ended(job)["created_at"]
+        page = reader_of(site, timezone_id="Asia/Tokyo", locale="en-GB").open()
+        time = row_of(page, job).locator("time")
+        expect(time).to_have_attribute("datetime", created)
+        hour = (int(created[11:13]) + 9) % 24
+        expect(time).to_have_attribute("title", re.compile(rf"{hour:02d}:{created[14:19]} (GMT\+9|JST)$"))
+
+    def test_who_wants_no_motion_gets_none(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site, reduced_motion="reduce").open_live()
+        row = page.get_by_role("row").nth(1)
+        row.hover()
+        row.click()
+        expect(page.get_by_role("dialog")).to_be_visible()
+        assert page.evaluate("document.getAnimations().length") == 0
+
+    def test_a_new_reader_is_told_the_next_command(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        for width in (375, 1280):
+            page = reader_of(server, width).open_live()
+            expect(page.get_by_text(f"python client.py 127.0.0.1:{server.port}/runner")).to_be_visible()
+            expect(page.get_by_text(f"curl -XPOST 127.0.0.1:{server.port}/api/jobs/hello-world")).to_be_visible()
+            assert_accessible(page)
+        job = server.post("hello-world")
+        expect(row_of(page, job)).to_contain_text("no worker is connected")
+        stage.worker(server)
+        expect(row_of(page, job)).to_contain_text("Success")
+        expect(page.get_by_text("No worker is connected.")).to_be_hidden()
+
+    def test_a_token_is_asked_for_and_kept_for_the_tab(self, stage: Stage, reader_of: ReaderOf) -> None:
+        tokens = stage.folder / "tokens"
+        tokens.write_text("api s3cret\nworker 0ther\n")
+        tokens.chmod(0o600)
+        server = stage.server("--hold", "--token-file", str(tokens), jobs=SITE_JOBS)
+        for width, scheme in ((375, "dark"), (1280, "light")):
+            reader = reader_of(server, width, scheme)
+            reader.tolerates = "status of 401"
+            page = reader.open()
+            dialog = page.get_by_role("dialog", name="This server asks for a token")
+            dialog.get_by_label("Token").fill("wrong")
+            assert_accessible(page)
+            page.keyboard.press("Enter")
+            expect(dialog.get_by_role("alert")).to_have_text("The server does not know that token.")
+            dialog.get_by_label("Token").fill("s3cret")
+            page.keyboard.press("Enter")
+            expect(page.get_by_text("Live", exact=True)).to_be_visible()
+            page.reload()
+            expect(page.get_by_text("Live", exact=True)).to_be_visible()
+            assert page.evaluate("sessionStorage.length") == 1
+            assert all("s3cret" not in request.url for request in reader.requests)
+
+    def test_who_has_no_token_may_leave_the_prompt_and_come_back(self, stage: Stage, reader_of: ReaderOf) -> None:
+        tokens = stage.folder / "tokens"
+        tokens.write_text("api s3cret\nworker 0ther\n")
+        tokens.chmod(0o600)
+        reader = reader_of(stage.server("--token-file", str(tokens)))
+        reader.tolerates = "status of 401"
+        page = reader.open()
+        expect(page.get_by_role("dialog")).to_be_visible()
+        page.keyboard.press("Escape")
+        expect(page.get_by_text("A token is needed")).to_be_visible()
+        page.get_by_role("button", name="Enter it").click()
+        expect(page.get_by_role("dialog")).to_be_visible()
+
+    def test_a_job_that_is_not_there_is_said_to_be_so(self, site: Server, reader_of: ReaderOf) -> None:
+        reader = reader_of(site)
+        reader.tolerates = "status of 404"
+        page = reader.open("#/jobs/999999")
+        expect(page.get_by_role("dialog").get_by_role("alert")).to_contain_text("999999")
+        page.get_by_role("button", name="Close").click()
+        expect(page.get_by_role("dialog")).to_be_hidden()
+
+
+@pytest.fixture(scope="class")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, int]]:
+    stage = Stage(tmp_path_factory.mktemp("marked"))
+    server = stage.server(jobs=SITE_JOBS)
+    stage.worker(server, "--tag", "<u>tag</u>", name="<i>worker</i>")
+    job = server.post("%3Cimg%20src=x%20onerror=alert(1)%3E", environment={"WHO": "<b>bold</b>"})
+    server.ended(job)
+    yield server, job
+    stage.close()
+
+
+class TestDashboardText:
+    """What a job or a person wrote is text."""
+
+    @in_every_look
+    def test_markup_is_shown_as_it_was_written(
+        self, marked: tuple[Server, int], reader_of: ReaderOf, look: tuple[int, str]
+    ) -> None:
+        server, job = marked
+        page = reader_of(server, *look).open_live()
+        expect(row_of(page, job)).to_contain_text(MARKUP)
+        expect(unfold(page, "workers")).to_contain_text("<i>worker</i>")
+        expect(unfold(page, "workers")).to_contain_text("<u>tag</u>")
+        unfold(page, "configs").get_by_role("button", name=f"Run {MARKUP}").click()
+        expect(page.get_by_role("dialog").get_by_label("WHO")).to_have_value("<b>nobody</b>")
+        page.keyboard.press("Escape")
+        drawer = open_job(page, job)
+        expect(drawer.get_by_role("heading", name=MARKUP)).to_be_visible()
+        expect(drawer.get_by_role("region", name="Log")).to_contain_text("<script>alert(2)</script>")
+        expect(drawer).to_contain_text("<b>bold</b>")
+        assert page.locator("img, script:not(body > script), u, [onerror]").count() == 0
+
+    def test_the_page_has_one_style_one_script_and_no_way_to_make_markup(self) -> None:
+        source = (ROOT / "dashboard.html").read_text()
+        assert source.count("<style") == source.count("<script") == 1
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source)
+        assert not re.search(r"<[^>]*\s(style|on\w+)=", source.partition("<script>")[0])
+        assert not re.search(r"(src|href|url\()=?[\"']?(https?:)?//", source)
+
+    def test_the_policy_forbids_what_the_page_does_not_need(self, site: Server) -> None:
+        policy = site.http("GET", "/").headers["Content-Security-Policy"]
+        assert "unsafe" not in policy
+        assert "default-src 'none'" in policy
+
+
+class TestDashboardLive:
+    """It is live, says when it is not, catches up, and stays quick."""
+
+    @in_every_look
+    def test_it_says_since_when_it_is_not_live_and_catches_up(
+        self, stage: Stage, reader_of: ReaderOf, look: tuple[int, str]
+    ) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        reader = reader_of(server, *look)
+        reader.tolerates = "ERR_CONNECTION_REFUSED|ERR_INCOMPLETE_CHUNKED_ENCODING|ERR_CONNECTION_RESET"
+        page = reader.open_live()
+        first = server.post("hello-world")
+        expect(row_of(page, first)).to_contain_text("Queued")
+        server.kill()
+        expect(page.get_by_text(re.compile(r"^Not live since \d+:\d\d"))).to_be_visible()
+        server.start()
+        second = server.post("hello-world")
+        stage.worker(server)
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        expect(row_of(page, second)).to_contain_text("Success")
+        listened = [request for request in reader.requests if request.url.endswith("/api/events")]
+        assert "last-event-id" not in listened[0].headers
+        assert listened[-1].headers["last-event-id"].isdigit()
+
+    def test_it_comes_back_by_itself(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server(jobs=SITE_JOBS)
+        reader = reader_of(server)
+        reader.tolerates = "ERR_"
+        page = reader.open_live()
+        server.kill()
+        expect(page.get_by_text("Not live since")).to_be_visible()
+        server.start()
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+
+    def test_a_page_that_is_not_looked_at_holds_no_connection(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        hide = (
+            "hidden => { Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });"
+            " document.dispatchEvent(new Event('visibilitychange')); }"
+        )
+        with page.expect_event("requestfailed", lambda request: request.url.endswith("/api/events")):
+            page.evaluate(hide, True)
+        job = site.post("quick")
+        site.ended(job)
+        with page.expect_request("**/api/events"):
+            page.evaluate(hide, False)
+        expect(row_of(page, job)).to_contain_text("Success")
+
+    def test_a_burst_of_jobs_leaves_a_page_of_rows_and_a_quick_page(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        page.evaluate(LONGEST_TASK_MS)
+        jobs = [job["id"] for job in site.http("POST", "/api/jobs", [{"name": "gpu"}] * 5000).json]
+        expect(row_of(page, jobs[-1])).to_be_visible()
+        assert page.locator("#list tbody tr").count() == 50
+        assert page.evaluate("window.longest") < 500
+
+    def test_no_row_moves_under_the_pointer(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        page.get_by_role("row").nth(3).hover()
+        under = page.get_by_role("row").nth(3).inner_text().split("\n")[0]
+        job = site.post("quick")
+        page.get_by_role("button", name="Show new jobs").wait_for()
+        expect(page.get_by_role("row").nth(3)).to_contain_text(under)
+        page.get_by_role("button", name="Show new jobs").click()
+        expect(row_of(page, job)).to_be_visible()

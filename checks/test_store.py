@@ -1,0 +1,446 @@
+"""Thousands of random histories of the store against a simple model of it, looked at after every step."""
+
+import random
+import shutil
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, multiple, precondition, rule
+
+import store as store_module
+from store import Conflict, NewJob, Offer, Store
+
+RETRIES = {"once": 0, "again": 2, "alone": 0}
+LIMITS = {"alone": 1}
+EDGES = {  # section 2 of the design
+    ("queued", "assigned"),
+    ("assigned", "running"),
+    ("running", "success"),
+    ("running", "failure"),
+    ("assigned", "queued"),
+    ("running", "queued"),
+    ("queued", "cancelled"),
+    ("assigned", "cancelled"),
+    ("running", "cancelled"),
+}
+FINAL = {"success", "failure", "cancelled"}
+ACTIVE = {"assigned", "running"}
+
+
+def retry_delay(name: str, failures: int) -> float | None:
+    return 2.0**failures if failures <= RETRIES[name] else None
+
+
+@dataclass
+class Model:
+    """What a job should be."""
+
+    id: int
+    name: str
+    priority: int
+    not_before: float | None
+    key: str | None
+    state: str = "queued"
+    attempt: int = 0
+    failures: int = 0
+    cancelling: bool = False
+    worker: int | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    started_at: float | None = None
+    finished_at: float | None = None
+    starts: int = 0
+    log_bytes: int = 0
+    kept: list[tuple[int, int | None, str]] = field(default_factory=list)
+    logs: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+    def begin(self, now: float) -> None:
+        if self.state == "assigned":
+            self.state, self.started_at = "running", now
+            self.starts += 1
+
+    def holds(self, worker: int, attempt: int, state: str) -> bool:
+        return (self.worker, self.attempt, self.state) == (worker, attempt, state)
+
+    def requeue(self, not_before: float | None) -> None:
+        self.state, self.worker, self.started_at, self.log_bytes = "queued", None, None, 0
+        self.not_before = not_before
+
+    def finish(self, state: str, now: float, exit_code: int | None, reason: str | None) -> None:
+        self.state, self.finished_at, self.exit_code, self.reason = state, now, exit_code, reason
+
+    def end_attempt(self, now: float, exit_code: int | None, reason: str) -> None:
+        delay = retry_delay(self.name, self.failures + 1)
+        if self.cancelling:
+            self.finish("cancelled", now, exit_code, "cancelled")
+        elif delay is None:
+            self.finish("failure", now, exit_code, reason)
+        else:
+            self.kept.append((self.attempt, exit_code, reason))
+            self.failures += 1
+            self.requeue(now + delay)
+
+    def lose(self, now: float) -> None:
+        if self.state == "assigned":
+            self.requeue(None)
+        else:
+            self.end_attempt(now, None, "lost")
+
+
+class StoreHistories(RuleBasedStateMachine):
+    workers_seen = Bundle("workers_seen")
+    attempts_seen = Bundle("attempts_seen")  # (worker, job, attempt), as a worker would name it; most go stale
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="store-state-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
+        )
+        self.store = Store(str(self.folder / "jobs.db"))
+        self.now = 1_000.0
+        self.jobs: dict[int, Model] = {}
+        self.last_id = 0
+        self.connected: dict[int, str] = {}
+        self.names: dict[int, str] = {}
+        self.expected: set[int] = set()
+        self.before: dict[int, tuple[str, int, Any]] = {}
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(store_module, "LOG_HEAD_BYTES", 24)
+        self.patch.setattr(store_module, "LOG_TAIL_BYTES", 24)
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.patch.undo()
+        shutil.rmtree(self.folder)
+
+    def do(self, function: Any, *args: Any) -> Any:
+        return self.store.do(function, *args).result(10)
+
+    # the people
+
+    @rule(
+        jobs=st.lists(
+            st.builds(
+                NewJob,
+                environment=st.just({}),
+                name=st.sampled_from(sorted(RETRIES)),
+                priority=st.integers(-1, 1),
+                delay=st.sampled_from([0, 0, 0, 5]),
+                idempotency_key=st.none() | st.sampled_from("kl"),
+            ),
+            max_size=4,
+            unique_by=lambda job: job.idempotency_key or object(),
+        )
+    )
+    def add(self, jobs: list[NewJob]) -> None:
+        expected: list[int] = []
+        added: dict[int, Model] = {}
+        for job in jobs:
+            every = [*self.jobs.values(), *added.values()]
+            known = next((m for m in every if m.key is not None and m.key == job.idempotency_key), None)
+            if known and known.name != job.name:
+                with pytest.raises(Conflict):
+                    self.do(store_module.add, jobs, self.now)
+                return
+            if not known:
+                due = self.now + job.delay if job.delay else None
+                known = Model(self.last_id + len(added) + 1, job.name, job.priority, due, job.idempotency_key)
+                added[known.id] = known
+            expected.append(known.id)
+        assert self.do(store_module.add, jobs, self.now) == expected
+        self.jobs |= added
+        self.last_id += len(added)
+
+    @rule(count=st.integers(1, 4), bad=st.integers(0, 3))
+    def add_many_at_once_with_one_that_fails(self, count: int, bad: int) -> None:
+        def add_and_raise(db: Any) -> None:
+            store_module.add(db, [NewJob("once")], self.now)
+            raise ZeroDivisionError
+
+        futures = []
+        for number in range(count):
+            if number == bad:
+                failing = self.store.do(add_and_raise)
+            futures.append(self.store.do(store_module.add, [NewJob("once")], self.now))
+        for future in futures:
+            self.last_id += 1
+            assert future.result(10) == [self.last_id]
+            self.jobs[self.last_id] = Model(self.last_id, "once", 0, None, None)
+        if bad < count:
+            assert isinstance(failing.exception(10), ZeroDivisionError)
+
+    @rule(pick=st.integers(0, 10**6))
+    def cancel(self, pick: int) -> None:
+        if not self.jobs:
+            with pytest.raises(KeyError):
+                self.do(store_module.cancel, 1 + self.last_id, self.now)
+            return
+        job = list(self.jobs.values())[pick % len(self.jobs)]
+        if job.state in FINAL:
+            with pytest.raises(Conflict):
+                self.do(store_module.cancel, job.id, self.now)
+            return
+        row = self.do(store_module.cancel, job.id, self.now)
+        assert (row["state"], row["attempt"], row["worker"]) == (job.state, job.attempt, job.worker)
+        if job.state == "running":
+            job.cancelling = True
+        else:
+            job.not_before = None
+            job.finish("cancelled", self.now, None, "cancelled")
+
+    # the workers
+
+    @rule(
+        target=workers_seen,
+        name=st.sampled_from(["a", "b", "c"]),
+        held=st.lists(attempts_seen, max_size=4),
+        forgets=st.booleans(),
+    )
+    def connect(self, name: str, held: list[tuple[int, int, int]], forgets: bool) -> int:
+        own = (
+            []
+            if forgets
+            else [(m.id, m.attempt, m.state) for m in self.jobs.values() if m.worker and self.names[m.worker] == name]
+        )
+        says = [*((job, attempt, "running") for _, job, attempt in held), *own]
+        worker, wanted = self.do(store_module.attach, name, says, self.now, retry_delay)
+        pairs = {(job, attempt) for job, attempt, _ in says}
+        expected = set()
+        for job in self.jobs.values():
+            if job.worker == worker and job.state in ACTIVE:
+                if (job.id, job.attempt) in pairs:
+                    expected.add((job.id, job.attempt, job.state, job.log_bytes, job.cancelling))
+                else:
+                    job.lose(self.now)
+        assert {tuple(it) for it in wanted} == expected
+        assert len(wanted) == len(expected)
+        self.connected[worker] = self.names[worker] = name
+        self.expected.add(worker)
+        return int(worker)
+
+    @rule(worker=workers_seen)
+    def disconnect(self, worker: int) -> None:
+        self.connected.pop(worker, None)
+        mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
+        running = sum(job.state == "running" for job in mine)
+        assert self.do(store_module.detach, worker) == running
+        for job in mine:
+            if job.state == "assigned":
+                job.requeue(None)
+
+    @rule(worker=workers_seen)
+    def lose(self, worker: int) -> None:
+        self.connected.pop(worker, None)
+        mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
+        assert self.do(store_module.lose, worker, self.now, retry_delay) == len(mine)
+        self.expected.discard(worker)
+        for job in mine:
+            job.lose(self.now)
+
+    @precondition(lambda self: self.connected)
+    @rule(
+        target=attempts_seen,
+        free=st.lists(st.integers(1, 3), min_size=3, max_size=3),
+        names=st.lists(st.sets(st.sampled_from(sorted(RETRIES)), min_size=1), min_size=3, max_size=3),
+    )
+    def claim(self, free: list[int], names: list[set[str]]) -> Any:
+        offers = [Offer(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
+        ready = [job for job in self.jobs.values() if job.state == "queued" and job.not_before is None]
+        claimed = self.do(store_module.claim, offers, LIMITS)
+        by_worker = {offer.worker: offer for offer in offers}
+        assert all(count <= by_worker[w].free for w, count in Counter(it.worker for it in claimed).items())
+        order = [(-self.jobs[it.id].priority, it.id) for it in claimed]
+        assert order == sorted(order)
+        assert len(order) == len(set(order))
+        for it in claimed:
+            job = self.jobs[it.id]
+            assert job in ready
+            assert it.name == job.name
+            assert it.name in by_worker[it.worker].names
+            assert it.attempt == job.attempt + 1
+            job.state, job.worker, job.attempt = "assigned", it.worker, it.attempt
+        used = Counter(it.worker for it in claimed)
+        for job in ready:  # none is left that could have been taken
+            if job.state == "queued":
+                able = [o for o in offers if job.name in o.names and o.free > used[o.worker]]
+                active = sum(m.name == job.name and m.state in ACTIVE for m in self.jobs.values())
+                assert not able or active >= LIMITS.get(job.name, 10**9)
+                better = [
+                    m for m in ready if m.state == "assigned" and m.name == job.name and m.priority < job.priority
+                ]
+                assert not better
+        return multiple(*((it.worker, it.id, it.attempt) for it in claimed))
+
+    @rule(it=attempts_seen)
+    def start(self, it: tuple[int, int, int]) -> None:
+        worker, number, attempt = it
+        job = self.jobs.get(number)
+        fresh = job is not None and job.holds(worker, attempt, "assigned")
+        again = job is not None and job.holds(worker, attempt, "running")
+        assert self.do(store_module.start, worker, number, attempt, self.now) == (fresh or again)
+        if job and fresh:
+            job.begin(self.now)
+
+    def holds(self, job: Model, worker: int, attempt: int) -> bool:
+        return job.holds(worker, attempt, "assigned") or job.holds(worker, attempt, "running")
+
+    @rule(it=attempts_seen)
+    def succeed(self, it: tuple[int, int, int]) -> None:
+        worker, number, attempt = it
+        job = self.jobs.get(number)
+        wanted = job is not None and self.holds(job, worker, attempt)
+        assert self.do(store_module.succeed, worker, number, attempt, self.now) == wanted
+        if job and wanted:
+            job.begin(self.now)
+            job.finish("success", self.now, 0, None)
+
+    @rule(it=attempts_seen, code=st.none() | st.integers(1, 255))
+    def fail(self, it: tuple[int, int, int], code: int | None) -> None:
+        worker, number, attempt = it
+        job, reason = self.jobs.get(number), "exit" if code else "docker"
+        wanted = job is not None and self.holds(job, worker, attempt)
+        given = worker, number, attempt, code, reason, self.now, retry_delay
+        assert self.do(store_module.fail, *given) == wanted
+        if job and wanted:
+            job.begin(self.now)
+            job.end_attempt(self.now, code, reason)
+
+    @rule(it=attempts_seen, size=st.integers(0, 9), jump=st.integers(-12, 4))
+    def log(self, it: tuple[int, int, int], size: int, jump: int) -> None:
+        worker, number, attempt = it
+        job = self.jobs.get(number)
+        have = job.log_bytes if job and job.holds(worker, attempt, "running") else 0
+        offset = max(0, have + jump)
+        whole = random.Random(f"{number} {attempt}").randbytes(2000)
+        data = whole[offset : offset + size]
+        kept = self.do(store_module.append_log, worker, number, attempt, offset, data)
+        if job is None or not job.holds(worker, attempt, "running"):
+            assert kept is None
+            return
+        if data and offset + len(data) > have:
+            job.logs.setdefault(attempt, {}).update(
+                {n: whole[n : n + 1] for n in range(max(offset, have), offset + len(data))}
+            )
+            job.log_bytes = offset + len(data)
+        assert kept == job.log_bytes
+
+    # time, and the server
+
+    @rule(seconds=st.sampled_from([0.5, 3, 10]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+        due = [job for job in self.jobs.values() if job.not_before is not None and job.not_before <= self.now]
+        assert self.do(store_module.make_due, self.now) == len(due)
+        for job in due:
+            job.not_before = None
+
+    @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
+    def prune(self, age: float, limit: int) -> None:
+        old = [j for j in self.jobs.values() if j.finished_at is not None and j.finished_at < self.now - age]
+        count = self.do(store_module.prune, self.now - age, limit)
+        assert count == min(limit, len(old))
+        there = {row["id"] for row in self.do(store_module.page, (), None, 0, None, 10**6)}
+        gone = [job for job in self.jobs.values() if job.id not in there]
+        assert len(gone) == count
+        assert all(job in old for job in gone)
+        kept_ends = [job.finished_at for job in old if job.id in there]
+        for job in gone:
+            assert all(job.finished_at <= end for end in kept_ends)  # type: ignore[operator]
+            assert self.do(store_module.attempts, job.id) == []
+            for attempt in range(1, job.attempt + 1):
+                assert self.do(store_module.read_log, job.id, attempt, 0) == []
+            del self.jobs[job.id]
+            self.before.pop(job.id, None)
+
+    @rule()
+    def restart(self) -> None:
+        identity, counts = self.store.server_id, self.store.counts
+        self.store.close()
+        self.store = Store(str(self.folder / "jobs.db"))
+        self.connected.clear()
+        assert (self.store.server_id, self.store.counts) == (identity, counts)
+        assert dict(self.do(store_module.expected_workers)) == {worker: self.names[worker] for worker in self.expected}
+
+    # what must hold after every step
+
+    @invariant()
+    def rows_equal_the_model(self) -> None:
+        rows = {row["id"]: row for row in self.do(store_module.page, (), None, 0, None, 10**6)}
+        assert list(rows) == sorted(self.jobs)
+        for job in self.jobs.values():
+            row = rows[job.id]
+            for key in (
+                "name",
+                "priority",
+                "state",
+                "attempt",
+                "failures",
+                "worker",
+                "exit_code",
+                "reason",
+                "not_before",
+            ):
+                assert row[key] == getattr(job, key), (job, dict(row))
+            for key in ("started_at", "finished_at", "log_bytes"):
+                assert row[key] == getattr(job, key), (job, dict(row))
+            assert bool(row["cancelling"]) == job.cancelling
+            kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(store_module.attempts, job.id)]
+            assert kept == job.kept
+        assert self.store.counts == {
+            state: sum(j.state == state for j in self.jobs.values()) for state in store_module.STATES
+        }
+        self.promises(rows)
+
+    def promises(self, rows: dict[int, Any]) -> None:
+        for number, row in rows.items():
+            state, attempt = row["state"], row["attempt"]
+            whole = tuple(row)
+            old_state, old_attempt, old = self.before.get(number, (state, attempt, whole))
+            through = "running" if old_state == "assigned" else old_state  # a result may come without its start
+            assert state == old_state or (old_state, state) in EDGES or (through, state) in EDGES
+            assert attempt >= old_attempt
+            assert old == whole or old_state not in FINAL, "a final job changed"
+            assert (row["worker"] is not None) or state not in ACTIVE
+            assert row["failures"] <= RETRIES[row["name"]]
+            assert self.jobs[number].starts <= RETRIES[row["name"]] + 1, "started more often than allowed"
+            assert (row["finished_at"] is not None) == (state in FINAL)
+            assert state not in ACTIVE or row["worker"] in self.expected, (
+                "a job waits for a worker that is not expected"
+            )
+            self.before[number] = state, attempt, whole
+        for name, limit in LIMITS.items():
+            assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
+            assert self.do(store_module.count_active, name) <= limit
+
+    @invariant()
+    def logs_hold_head_and_tail(self) -> None:
+        for job in self.jobs.values():
+            for attempt, wanted in job.logs.items():
+                got: dict[int, bytes] = {}
+                offset = 0
+                while pieces := self.do(store_module.read_log, job.id, attempt, offset):
+                    for start, data in pieces:
+                        assert start >= offset
+                        got |= {start + n: data[n : n + 1] for n in range(len(data))}
+                        offset = start + len(data)
+                assert all(wanted.get(n) == byte for n, byte in got.items()), "a byte that was never written there"
+                end = max(wanted) + 1
+                for n in wanted:
+                    if n < 24 or n >= end - (24 - 9) or end <= 48:
+                        assert n in got, f"byte {n} of {end} is gone"
+                assert len(got) <= 48 + 9 + 9
+
+
+TestStoreHistories = StoreHistories.TestCase
+TestStoreHistories.settings = settings(
+    max_examples=int(__import__("os").environ.get("N", "150")),
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
