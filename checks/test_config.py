@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-import yaml
-
 import config
-from config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
 from client import FLAGS, Command, docker_run_command
+from config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
 
 LOADERS = sorted({config.YAML_LOADER, yaml.SafeLoader}, key=str)
 EXAMPLE = Path(config.__file__).parent / "jobs.yaml"

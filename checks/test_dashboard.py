@@ -16,7 +16,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Route, expect, sync_playwright
 
-from test_jobworker import ROOT, Server, Stage, stage, until  # noqa: F401
+from test_jobworker import ROOT, Server, Stage, until
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
 CHROMIUM_SWITCHES = [
@@ -36,7 +36,8 @@ in_every_look = pytest.mark.parametrize(
 LONG_LOG_LINES = 100_000
 LONGEST_TASK_MS = """() => {
   window.longest = 0;
-  const note = (list) => list.getEntries().forEach((task) => { window.longest = Math.max(window.longest, task.duration); });
+  const longer = (task) => { window.longest = Math.max(window.longest, task.duration); };
+  const note = (list) => list.getEntries().forEach(longer);
   new PerformanceObserver(note).observe({ entryTypes: ["longtask"] });
 }"""
 TOO_WIDE = """() => [document.documentElement, ...document.querySelectorAll("header *, main :not(thead *), footer *")]

@@ -36,7 +36,7 @@ class TestReadme:
 
     @pytest.mark.parametrize("program", ["server.py", "client.py"])
     def test_it_names_every_option(self, program: str) -> None:
-        command = [sys.executable, ROOT / program, "-h"]
+        command = [sys.executable, str(ROOT / program), "-h"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         options = set(re.findall(r"--[a-z-]+", shown)) - {"--help", "--version", "--verbose"}
         assert [option for option in options if option not in README] == []
