@@ -186,6 +186,7 @@ class Docker:
     def __init__(self, command: str, slots: int) -> None:
         self.command = command
         self._threads = ThreadPoolExecutor(slots, "run")
+        self._environment = dict(os.environb)
 
     async def __call__(self, *arguments: str) -> tuple[int, str, str]:
         """Run `docker ARGUMENTS`; give its exit code, stdout and stderr. Ends it when cancelled."""
@@ -229,7 +230,8 @@ class Docker:
                 **({"input": command.stdin.encode()} if command.stdin else {"stdin": subprocess.DEVNULL}),
                 stdout=output,
                 stderr=output,
-                env=os.environ | command.variables if command.variables else None,
+                env=self._environment
+                | {os.fsencode(key): os.fsencode(text) for key, text in command.variables.items()},
                 process_group=0,
                 check=False,
             ).returncode

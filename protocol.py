@@ -219,7 +219,7 @@ def _frames_of_batch(frame: bytes) -> list[bytes]:
 
 
 def _to_json(value: object) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    text = _JSON_ENCODER.encode(value)
     text = _ESCAPE.sub(lambda escape: _ESCAPES_OF_THE_ORIGINAL.get(escape[0], escape[0]), text)
     return _SURROGATE.sub("\ufffd", text).encode()
 
@@ -227,9 +227,9 @@ def _to_json(value: object) -> bytes:
 def _from_json(data: bytes) -> Any:
     try:
         text = data.decode()
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = _JSON_DECODER.decode(text)
         if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()
+            _JSON_ENCODER.encode(value).encode()
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"not JSON: {str(error)[:200]}") from error
     return value
@@ -237,6 +237,10 @@ def _from_json(data: bytes) -> Any:
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+_JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _object(data: bytes) -> dict[str, Any]:

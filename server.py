@@ -875,8 +875,11 @@ def http_date(seconds: int) -> str:
     return formatdate(seconds, usegmt=True)
 
 
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def as_json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return JSON_ENCODER.encode(value).encode()
 
 
 def problem(error: ApiError) -> Response:
