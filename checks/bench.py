@@ -815,7 +815,7 @@ def peers(bench: Bench) -> list[Figure]:
         raise SkippedError("redis-server is missing: apt-get install redis-server")
     venv = bench.folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip = [venv / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "rq", "celery[redis]", "dramatiq[redis]", "huey"], check=True)
     servers, counts = (Server(bench), Server(bench)), (bench.count(2_000), bench.count(20_000))
     start_worker(bench, servers[0], 8, bench.empty_docker)
@@ -842,14 +842,10 @@ def peer_rate(bench: Bench, library: str, work: str, fsync: bool, count: int) ->
         "LIBRARY": library, "PORT": str(port), "PROGRAM": bench.empty_docker, "FSYNC": "yes" if fsync else "no",
         "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(folder),
     }  # fmt: skip
-    redis = [
-        "redis-server",
-        f"--port {port}",
-        "--bind 127.0.0.1",
-        *["--appendonly yes", "--appendfsync always"] * fsync,
-    ]
+    settings = "--appendonly yes --appendfsync always" if fsync else ""
+    redis = f"redis-server --bind 127.0.0.1 --port {port} {settings}".split()
     options: dict[str, Any] = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL}
-    broker = subprocess.Popen(" ".join(redis).split(), **options)
+    broker = subprocess.Popen(redis, **options)
     worker = None
     try:
         while library != "huey" and not answers(port):

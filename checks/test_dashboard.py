@@ -40,7 +40,7 @@ LONGEST_TASK_MS = """() => {
   const note = (list) => list.getEntries().forEach(longer);
   new PerformanceObserver(note).observe({ entryTypes: ["longtask"] });
 }"""
-TOO_WIDE = """() => [document.documentElement, ...document.querySelectorAll("header *, main :not(thead *), footer *")]
+TOO_WIDE = """() => [...document.querySelectorAll("html, main :not(thead *), body > header *, footer *")]
   .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 1)
   .map((node) => node.outerHTML.slice(0, 80))"""
 MARKUP = "<img src=x onerror=alert(1)>"

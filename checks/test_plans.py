@@ -1,0 +1,86 @@
+"""The plans that SQLite makes of store.py's statements: none that runs on a hot path may walk the jobs there are."""
+
+import re
+import sqlite3
+from collections.abc import Iterator
+
+import pytest
+
+import store
+
+NAMED = {
+    name: sql
+    for name, sql in vars(store).items()
+    if re.fullmatch("[A-Z][A-Z_]*", name)
+    and isinstance(sql, str)
+    and re.match(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE)\b", sql)
+}
+# Once, at the server's start: it counts what there is.
+ONCE = {"COUNT_STATES"}
+
+
+class TestQueryPlans:
+    """A million jobs, queued or finished, cost a claim, a result and a page nothing."""
+
+    @pytest.fixture
+    def database(self) -> Iterator[sqlite3.Connection]:
+        database = store._open(":memory:").connection
+        yield database
+        database.close()
+
+    def plan(self, database: sqlite3.Connection, sql: str) -> list[str]:
+        parameters = dict.fromkeys(re.findall(r":(\w+)", sql)) or [None] * sql.count("?")
+        return [row["detail"] for row in database.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
+
+    def test_there_are_statements_to_look_at(self) -> None:
+        assert {"READY_NAMES", "READY_JOBS", "CLAIM", "START", "FINISH", "GET_JOB"} <= NAMED.keys()
+
+    @pytest.mark.parametrize("name", sorted(NAMED.keys() - ONCE))
+    def test_no_statement_scans_jobs_logs_or_attempts(self, database: sqlite3.Connection, name: str) -> None:
+        scans = [step for step in self.plan(database, NAMED[name]) if re.match(r"SCAN (job|log|attempt)\b", step)]
+        assert not scans
+
+    @pytest.mark.parametrize("name", sorted(NAMED.keys() - ONCE))
+    def test_no_statement_sorts_jobs(self, database: sqlite3.Connection, name: str) -> None:
+        assert not [step for step in self.plan(database, NAMED[name]) if "TEMP B-TREE" in step]
+
+    @pytest.mark.parametrize("name", ["READY_NAMES", "READY_JOBS"])
+    def test_a_claim_seeks_among_what_is_ready(self, database: sqlite3.Connection, name: str) -> None:
+        searches = [step for step in self.plan(database, NAMED[name]) if step.startswith("SEARCH job")]
+        assert searches
+        assert all("INDEX job_ready" in step for step in searches)
+
+    @pytest.mark.parametrize("states", [(), ("queued",), ("success", "failure")])
+    @pytest.mark.parametrize("name", [None, "backup"])
+    @pytest.mark.parametrize("before", [None, 1_000])
+    def test_a_page_of_jobs_walks_along_an_index(
+        self, database: sqlite3.Connection, states: tuple[str, ...], name: str | None, before: int | None
+    ) -> None:
+        statements: list[str] = []
+        database.set_trace_callback(statements.append)
+        store.page(store.Database(database), states, name, 0, before, 50)
+        database.set_trace_callback(None)
+        assert statements
+        for sql in statements:
+            steps = self.plan(database, sql)
+            assert any(step.startswith("SEARCH job") for step in steps)
+            assert not any(step.startswith("SCAN job") or "TEMP B-TREE" in step for step in steps)
+
+    def test_a_claim_among_many_costs_what_it_costs_among_few(self) -> None:
+        """In steps of SQLite's virtual machine, which no load of the machine changes."""
+        assert self.steps_of_a_claim(20_000) < self.steps_of_a_claim(200) * 1.5
+
+    def steps_of_a_claim(self, queued: int) -> int:
+        db = store._open(":memory:")
+        store.add(db, [store.NewJob(name) for name in ("a", "b")] * (queued // 2), 0.0)
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        db.connection.set_progress_handler(count, 1)
+        assert len(store.claim(db, [store.Offer(1, 4, frozenset({"a", "b"}))], {})) == 4
+        db.connection.close()
+        return steps
