@@ -106,6 +106,7 @@ PAGE_JOBS = 1_000
 MAX_PAGE_JOBS = 10_000
 MAX_EVENT_JOBS = 250
 RING_TICKS = 1_000
+UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
 
 CLOSE_REPLACED = 4001
 VERSION_1_PREFIX = "version-1-"
@@ -1133,7 +1134,7 @@ class Api:
             offset = max(offset, self._do(store.tail_offset, row["id"], attempt, tail))
         follow = flag(query, "follow")
         pieces = self._follow(row["id"], attempt, offset) if follow else self._read_log(row["id"], attempt, offset)
-        return Response(pieces, content_type="text/plain; charset=utf-8")
+        return Response(pieces, content_type="text/plain; charset=utf-8", headers=UNBUFFERED if follow else {})
 
     def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
         """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
@@ -1180,7 +1181,7 @@ class Api:
         request.query()
         last = request.headers.get("last-event-id", "")
         stream = self.events.stream(int(last) if re.fullmatch("[0-9]{1,18}", last) else None)
-        return Response(stream, content_type="text/event-stream; charset=utf-8")
+        return Response(stream, content_type="text/event-stream; charset=utf-8", headers=UNBUFFERED)
 
     def get_health(self, request: Request) -> Response:
         request.query()
@@ -1478,6 +1479,7 @@ class Server:
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(store.expected_workers)))
+        self._publish((set(), None))
         listener = RunnerListener()
         front = Front((self.options.host, self.options.port), self.api, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):

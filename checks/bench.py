@@ -132,37 +132,37 @@ class Server:
         self._http.close()
         stop(self.process)
 
-    def finished(self) -> int:
-        return int(self.ask("GET", "/healthz")["jobs"]["success"])
-
     def run_jobs(self, count: int, turn: int) -> float:
         """Have `count` jobs run to their end, as in each turn before; how many seconds that took."""
         began = time.perf_counter()
         self.post_list(count)
-        self.wait_until_finished(count * (turn + 1))
+        until(lambda: self.ask("GET", "/healthz")["jobs"]["success"] >= count * (turn + 1), 600)
         return time.perf_counter() - began
 
-    def wait_until_finished(self, total: int) -> None:
-        deadline = time.monotonic() + 600
-        while self.finished() < total:
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"{total - self.finished()} jobs are not final")
-            time.sleep(0.01)
 
-
-def started(bench: "Bench", command: list[str], log: Path, until: str) -> tuple["subprocess.Popen[bytes]", str]:
-    """Start a Python program of ours; give its process once a line of its log holds `until`, and that line."""
+def started(bench: "Bench", command: list[str], log: Path, text: str) -> tuple["subprocess.Popen[bytes]", str]:
+    """Start a Python program of ours; give its process once a line of its log holds `text`, and that line."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JOBWORKER_")}
+    began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=output)
     bench.stack.callback(stop, process)
-    deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        for line in log.read_text().splitlines():
-            if until in line:
-                return process, line
+    lines: list[str] = []
+    while not lines and process.poll() is None and time.monotonic() < began + READY_SECONDS:
         time.sleep(0.002)
-    raise RuntimeError(f"{command} did not start: {log.read_text()[-2000:]}")
+        lines = [line for line in log.read_text().splitlines() if text in line]
+    if not lines:
+        raise RuntimeError(f"{command} did not start: {log.read_text()[-2000:]}")
+    return process, lines[0]
+
+
+def until(condition: Callable[[], object], seconds: float) -> None:
+    """Wait until a condition holds, asking softly. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds} s")
+        time.sleep(0.01)
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
@@ -222,10 +222,9 @@ class Bench:
     @functools.cached_property
     def empty_docker(self) -> str:
         """A `docker` that does nothing: a static program where there is a C compiler."""
-        folder = Path(tempfile.mkdtemp(prefix="jobworker-bench-"))
-        program = folder / "docker"
-        (folder / "docker.c").write_text("int main(void) { return 0; }\n")
-        command = ["cc", "-O2", "-static", "-o", str(program), str(folder / "docker.c")]
+        source, program = self.folder / "docker.c", self.folder / "docker"
+        source.write_text("int main(void) { return 0; }\n")
+        command = ["cc", "-O2", "-static", "-o", str(program), str(source)]
         if shutil.which("cc") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             print("No C compiler makes a static program here: `true` is the empty docker.", file=sys.stderr)
             shutil.copy(shutil.which("true") or "/bin/true", program)
@@ -523,14 +522,11 @@ def containers(bench: Bench, slots: int) -> list[Figure]:
     peer = Figure(f"xargs -P{slots} docker run --rm", "s", NOTHING)
     ratio = Figure("ours / xargs", "times", at_most=1.03)
     command = ["xargs", f"-P{slots}", "-I{}", "docker", "run", "--rm", "--pull", "never", "busybox", "true"]
+    left = ["docker", "ps", "--all", "--quiet", f"--filter=label=jobworker.worker=bench-{server.pid}"]
     numbers = "\n".join(map(str, range(count)))
     for turn in bench.turns:
         ours.add(server.run_jobs(count, turn))
-        while subprocess.run(
-            ["docker", "ps", "-aq", "--filter", f"label=jobworker.worker=bench-{server.pid}"],
-            capture_output=True, check=True,
-        ).stdout:  # fmt: skip
-            time.sleep(0.1)
+        until(lambda: not subprocess.run(left, stdout=subprocess.PIPE, check=True).stdout, 60)
         began = time.perf_counter()
         subprocess.run(command, input=numbers, text=True, check=True)
         peer.add(time.perf_counter() - began)
@@ -751,7 +747,9 @@ def long(bench: Bench) -> list[Figure]:
     files = [Figure(f"{name}: descriptors", "open") for name, _pid in who]
     size = Figure("jobs.db", "MiB")
     posted, began = 0, time.perf_counter()
-    while posted < total or sum(server.ask("GET", "/healthz")["jobs"][state] for state in ("queued", "running")):
+    while posted < total or sum(
+        server.ask("GET", "/healthz")["jobs"][state] for state in ("queued", "assigned", "running")
+    ):
         if posted < total and server.ask("GET", "/healthz")["jobs"]["queued"] < 20_000:
             posted += 20_000
             server.post_list(20_000)
@@ -830,7 +828,9 @@ def peers(bench: Bench) -> list[Figure]:
         figures[1].add(bench.beside(answer_at_once, servers[1].port, 64, counts[1]).result())
         for (library, work, fsync), figure in others.items():
             figure.add(peer_rate(bench, library, work, fsync, bench.count(400 if library == "rq" else 2_000)))
-    return [*figures, *others.values()]
+    empty = [figure for (_library, work, _fsync), figure in others.items() if work == "empty"]
+    no_op = [figure for (_library, work, _fsync), figure in others.items() if work == "no-op"]
+    return [figures[0], *empty, figures[1], *no_op]
 
 
 def peer_rate(bench: Bench, library: str, work: str, fsync: bool, count: int) -> float:
@@ -848,8 +848,7 @@ def peer_rate(bench: Bench, library: str, work: str, fsync: bool, count: int) ->
     broker = subprocess.Popen(redis, **options)
     worker = None
     try:
-        while library != "huey" and not answers(port):
-            time.sleep(0.02)
+        until(lambda: library == "huey" or answers(port), 10)
         subprocess.run([bin_ / "python", "peer.py", work, str(count)], **options, check=True)
         command = [word.format(port=port) for word in PEERS[library]]
         worker = subprocess.Popen(command, **options, stderr=subprocess.DEVNULL)
@@ -860,15 +859,12 @@ def peer_rate(bench: Bench, library: str, work: str, fsync: bool, count: int) ->
                 stop(process)
 
 
-def rate_of_growth(done: Path, total: int) -> float:
+def rate_of_growth(file: Path, total: int) -> float:
     """Bytes a second that a file grew by, from when it first had any to when it has them all."""
-    first, began = 0, 0.0
-    deadline = time.monotonic() + 300
-    while (size := done.stat().st_size) < total and time.monotonic() < deadline:
-        if size and not first:
-            first, began = size, time.perf_counter()
-        time.sleep(0.002)
-    return (size - first) / (time.perf_counter() - began) if began else float("nan")
+    until(lambda: file.stat().st_size, 60)
+    first, began = file.stat().st_size, time.perf_counter()
+    until(lambda: file.stat().st_size >= total, 300)
+    return (total - first) / (time.perf_counter() - began)
 
 
 def free_port() -> int:
@@ -902,11 +898,12 @@ MORE: dict[str, Callable[[Bench], list[Figure]]] = {"peers": peers, "scale": sca
 def table(name: str, figures: list[Figure]) -> Iterator[str]:
     ours = figures[0]
     for figure in figures:
+        ours = figure if figure.what.startswith("ours") else ours
         per_second = figure.unit.endswith("/s") and figure is not ours
         ratio = f"{ours.median / figure.median:.2f}" if per_second else ""
         spread = f"{number(min(figure.samples))} .. {number(max(figure.samples))}"
         yield (
-            f"{name if figure is ours else '':<16}{figure.what:<48}{number(figure.median):>8} {figure.unit:<12}"
+            f"{name if figure is figures[0] else '':<16}{figure.what:<48}{number(figure.median):>8} {figure.unit:<12}"
             f"{spread:<20}{ratio:>6}  {figure.budget:<18} {figure.kept}"
         ).rstrip()
 
@@ -925,6 +922,7 @@ def main() -> int:
     if options.list:
         print("\n".join(rows))
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     head = f"{'row':<16}{'what':<48}{'median':>8} {'':<12}{'min .. max':<20}{'ratio':>6}  {'budget':<18} how it is kept"
     print(head, flush=True)

@@ -115,5 +115,5 @@ class TestDeployment:
 
     def test_a_worker_that_is_stopped_lets_its_jobs_end(self) -> None:
         unit = dict(self.unit("jobworker-worker@.service"))
-        assert (unit["KillMode"], unit["TimeoutStopSec"]) == ("mixed", "10min")
+        assert (unit["KillMode"], unit["TimeoutStopSec"]) == ("mixed", "2min")
         assert "stop_grace_period" in self.compose()["services"]["worker"]
