@@ -51,6 +51,7 @@ from websockets.typing import Subprotocol
 
 import protocol
 from protocol import (
+    VERSION,
     VERSION_2,
     Enqueue,
     Go,
@@ -64,8 +65,6 @@ from protocol import (
     Settled,
     Stop,
 )
-
-VERSION = "1.0.0"
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 BATCH_BYTES = 512 * 1024

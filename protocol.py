@@ -55,6 +55,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+VERSION = "1.0.0"  # of jobworker
 VERSION_2 = "jobworker.2"
 SERVER_HEADER = "Jobworker-Server"
 MAX_JOB_ID = 2**31 - 1

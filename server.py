@@ -6,9 +6,8 @@
 
 Its threads, and what they may touch:
 
-    main thread      the event loop: Dispatcher (worker connections, claims, timers). Everything of it runs here.
-    http.server      accepts every connection, then one thread a connection: reads requests, strictly; answers them from
-                     the store. One that asks for /runner is handed, unread, to the websockets server on the loop.
+    main thread      the event loop: Dispatcher (worker connections, claims, timers). Everything in this file runs here.
+    http.server      one thread a connection (api.py): answers requests from the store; hands those for /runner over
     store            the database (store.py), where the two meet
 
 A job is claimed late: when a worker has a free slot. What a worker reports is written by one transaction a frame, and
@@ -17,39 +16,23 @@ answered when that is on disk.
 
 import argparse
 import asyncio
-import base64
 import contextlib
 import functools
-import hashlib
-import hmac
 import ipaddress
-import itertools
-import json
 import logging
 import os
-import queue
 import random
 import re
+import resource
 import signal
-import socket
-import socketserver
-import sqlite3
-import struct
 import sys
 import threading
 import time
 import uuid
-from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from email.utils import formatdate
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qsl, unquote
 
 import websockets.http11
 from websockets.asyncio.server import ServerConnection, broadcast
@@ -60,9 +43,10 @@ from websockets.typing import Subprotocol
 
 import protocol
 import store
-from config import ConfigError, JobConfig, check_parameters, load_jobs, parse_duration
+from api import Access, Api, Events, Front, Metrics, RunnerListener, timestamp
+from config import ConfigError, JobConfig, load_jobs, parse_duration
 from protocol import (
-    MAX_JOB_ID,
+    VERSION,
     VERSION_2,
     Enqueue,
     Go,
@@ -76,42 +60,20 @@ from protocol import (
     Settled,
     Stop,
 )
-from store import Database, NewJob, Offer, RetryDelay, Store, StoreError
+from store import Database, Offer, RetryDelay, Store, StoreError
 
-VERSION = "1.0.0"
-HERE = Path(__file__).resolve().parent
-
-MAX_CONNECTIONS = 1_024
-MAX_HEADERS = 100
-MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_FRAME_BYTES = 4 * 1024 * 1024
-IDLE_SECONDS = 30
-HEAD_SECONDS = 10
-BODY_SECONDS = 30
-LINGER_SECONDS = 1
 HELLO_SECONDS = 10
 # The peer's silence is noticed after at most the sum of both: within 30 s.
 PING_SECONDS = 15
 PONG_SECONDS = 14
 TICK_SECONDS = 0.25
-HEARTBEAT_SECONDS = 15
-FOLLOW_CHECK_SECONDS = 5
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
-MAX_WAIT_SECONDS = 3_600
-MAX_DELAY_SECONDS = 366 * 86400
 MAX_RETRY_DELAY_SECONDS = 3_600
-PAGE_JOBS = 1_000
-MAX_PAGE_JOBS = 10_000
-MAX_EVENT_JOBS = 250
-RING_TICKS = 1_000
-UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
 
 CLOSE_REPLACED = 4001
 VERSION_1_PREFIX = "version-1-"
-RUNNER_START = re.compile(rb"GET /runner[? ]")
-UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
 log = logging.getLogger("server")
 
@@ -183,9 +145,13 @@ class Worker:
     def send_configs(self, configs: Configs) -> None:
         broadcast([self.socket], configs.frames[self.protocol_version])
 
+    def as_listed(self) -> dict[str, Any]:
+        """What the original's API shows of a worker."""
+        return {"id": self.id, "working": bool(self.jobs)}
+
     def as_json(self, connected: bool = True) -> dict[str, Any]:
         return {
-            **worker_json(self),
+            **self.as_listed(),
             "name": self.name,
             "slots": self.slots,
             "tags": list(self.tags),
@@ -202,10 +168,6 @@ class Worker:
 def address(socket: ServerConnection) -> str:
     host, port = socket.remote_address[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def worker_json(worker: Worker) -> dict[str, Any]:
-    return {"id": worker.id, "working": bool(worker.jobs)}
 
 
 def absorb(
@@ -472,988 +434,6 @@ class Dispatcher:
             log.error("internal error", exc_info=result)
 
 
-# The HTTP side: one thread a connection
-
-
-class ApiError(Exception):
-    """The caller's mistake, or our inability: answered with application/problem+json (RFC 9457)."""
-
-    def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class BadFraming(ApiError):
-    """What came is not clearly one HTTP request: answered, then the connection is closed, since its end is unknown."""
-
-
-@dataclass(slots=True)
-class Request:
-    method: str
-    target: str
-    headers: dict[str, str]
-    http_1_1: bool
-    keep_alive: bool
-    content_length: int
-    body: bytes = b""
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
-
-    def query(self, *known: str) -> dict[str, str]:
-        """Give the query's parameters by name. Raises ApiError for one that is not `known`, or given twice."""
-        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
-        query = dict(pairs)
-        if len(query) < len(pairs):
-            raise ApiError(HTTPStatus.BAD_REQUEST, "a query parameter is given twice")
-        for name in query.keys() - set(known):
-            raise ApiError(HTTPStatus.BAD_REQUEST, f"no query parameter {name!r} here; there are: {', '.join(known)}")
-        return query
-
-
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
-SINGLE_HEADERS = {
-    *(
-        "authorization",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "idempotency-key",
-        "last-event-id",
-        "origin",
-    ),
-    *("sec-fetch-site", "transfer-encoding", "upgrade"),
-}
-
-
-def parse_head(head: bytes) -> Request:
-    """Read a request's head, without the empty line that ends it; strict where leniency lets requests be smuggled.
-
-    Raises BadFraming for anything that two readers could understand differently (RFC 9112, sections 2.2 to 6.3).
-    """
-    line, *lines = head.split(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line must be METHOD /PATH HTTP/1.1")
-    if len(lines) > MAX_HEADERS:
-        raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEADERS} header lines")
-    headers: dict[str, str] = {}
-    for number, line in enumerate(lines, 2):
-        header = HEADER_LINE.fullmatch(line)
-        if not header:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"line {number} of the head is not a header")
-        name, value = header[1].decode().lower(), header[2].decode("latin-1")
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"the header {name} is there twice")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return _check_framing(match[1].decode(), match[2].decode(), match[3] == b"1", headers)
-
-
-def _check_framing(method: str, target: str, http_1_1: bool, headers: dict[str, str]) -> Request:
-    if not headers.get("host"):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the Host header is missing")
-    if "transfer-encoding" in headers:
-        raise BadFraming(HTTPStatus.LENGTH_REQUIRED, "Transfer-Encoding is not read here; send Content-Length")
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "Content-Length must be digits")
-    if int(length) > MAX_BODY_BYTES:
-        raise BadFraming(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise BadFraming(HTTPStatus.EXPECTATION_FAILED, "the only expectation known is 100-continue")
-    connection = headers.get("connection", "keep-alive" if http_1_1 else "close").lower()
-    keep_alive = "close" not in connection and (http_1_1 or "keep-alive" in connection)
-    return Request(method, target, headers, http_1_1, keep_alive, int(length))
-
-
-class Front(ThreadingHTTPServer):
-    """Accepts connections; a thread each, at most MAX_CONNECTIONS.
-
-    At the cap, the connection that has waited longest for a whole request gives up its place, so that slow and idle
-    ones can't keep a quick one out.
-    """
-
-    daemon_threads = True
-    request_queue_size = 1024
-
-    def __init__(self, address: tuple[str, int], api: "Api", runner: "RunnerListener", access: "Access") -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.api, self.runner, self.access = api, runner, access
-        self.waiting: OrderedDict[socket.socket, None] = OrderedDict()
-        self.open = threading.Semaphore(MAX_CONNECTIONS)
-        super().__init__(address, Connection)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # without HTTPServer's look-up of the host's name
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.open.acquire(blocking=False):
-            self._make_room()
-            if not self.open.acquire(timeout=1):
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                self.shutdown_request(request)
-                return
-        super().process_request(request, client_address)
-
-    def _make_room(self) -> None:
-        while self.waiting:
-            with contextlib.suppress(KeyError, OSError):
-                longest, _ = self.waiting.popitem(last=False)
-                longest.shutdown(socket.SHUT_RDWR)
-                return
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.open.release()
-
-    def shutdown_request(self, request: Any) -> None:
-        if request.fileno() >= 0:  # else the loop has it now
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        error = sys.exception()
-        if not isinstance(error, OSError):  # a client that went away is no event
-            log.error("internal error", exc_info=error)
-
-
-class Connection(BaseHTTPRequestHandler):
-    """One connection: its requests, one after another, until either side ends it."""
-
-    server: Front
-    connection: socket.socket
-
-    def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.received = bytearray()
-        self.patience = 0.0
-        self._wait_at_most(IDLE_SECONDS)
-
-    def finish(self) -> None:
-        self.server.waiting.pop(self.connection, None)
-
-    def handle(self) -> None:
-        if self._is_for_runner():
-            self.server.runner.hand_over(self.connection)
-            return
-        with contextlib.suppress(OSError):  # it went away, or was too slow
-            while self._serve_request():
-                pass
-
-    def _wait_at_most(self, seconds: float) -> None:
-        """Have the kernel bound each wait; Python's own timeout would cost a poll before each call."""
-        if seconds != self.patience:
-            self.patience = seconds
-            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def _is_for_runner(self) -> bool:
-        """Look at the first request without taking it: is it a WebSocket's opening handshake for /runner?"""
-        self.server.waiting[self.connection] = None
-        head, deadline = self._peek(IDLE_SECONDS, 1), time.monotonic() + HEAD_SECONDS
-        if not RUNNER_START.match(head):
-            return False
-        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            more = self._peek(deadline - time.monotonic(), len(head) + 1)
-            if len(more) <= len(head):
-                break
-            head = more
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return bool(UPGRADE_HEADER.search(head)) and self._stays()
-
-    def _peek(self, seconds: float, at_least: int) -> bytes:
-        """Give what has come once it is `at_least` so many bytes; b"" where it does not in time."""
-        try:
-            self._wait_at_most(max(seconds, 0.001))
-            if at_least > 1:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
-            return self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
-        except OSError:
-            return b""
-
-    def _stays(self) -> bool:
-        """End the wait for a request; False where this connection had to give up its place."""
-        return self.server.waiting.pop(self.connection, True) is None
-
-    def _serve_request(self) -> bool:
-        request = None
-        try:
-            head = self._read_head()
-            if head is None:
-                return False
-            request = parse_head(head)
-            self.server.access.check(request)
-            request.body = self._read_body(request)
-            if not self._stays():
-                return False
-            response = self.server.api.answer(request)
-        except BadFraming as error:
-            self._respond(problem(error), close=True)
-            self._linger()
-            return False
-        except ApiError as error:
-            response = problem(error)
-        close = not request or not request.keep_alive or len(request.body) < request.content_length
-        self._respond(response, close, request)
-        if close and request and len(request.body) < request.content_length:
-            self._linger()
-        return not close
-
-    def _read_head(self) -> bytes | None:
-        """Give the next request's head; None where the client has gone, or was idle for too long."""
-        self.server.waiting[self.connection] = None
-        deadline = None
-        while (end := self.received.find(b"\r\n\r\n")) < 0:
-            if len(self.received) > MAX_HEAD_BYTES:
-                raise BadFraming(
-                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes"
-                )
-            if self.received and deadline is None:
-                deadline = time.monotonic() + HEAD_SECONDS
-            if not self._receive_more(deadline):
-                if self.received.strip():
-                    raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time, or not whole")
-                return None
-        head = bytes(self.received[:end])
-        del self.received[: end + 4]
-        return head
-
-    def _read_body(self, request: Request) -> bytes:
-        if request.content_length > len(self.received) and "expect" in request.headers:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_SECONDS
-        while len(self.received) < request.content_length:
-            if not self._receive_more(deadline):
-                raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
-        body = bytes(self.received[: request.content_length])
-        del self.received[: request.content_length]
-        return body
-
-    def _receive_more(self, deadline: float | None) -> bool:
-        left = IDLE_SECONDS if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            return False
-        self._wait_at_most(left)
-        try:
-            more = self.connection.recv(65536)
-        except BlockingIOError:
-            return False
-        self.received += more
-        return bool(more)
-
-    def _respond(self, response: "Response", close: bool, request: Request | None = None) -> None:
-        self._wait_at_most(IDLE_SECONDS)
-        with_body = not request or request.method != "HEAD"
-        if isinstance(response.body, bytes):
-            head = response.head(close, f"Content-Length: {len(response.body)}\r\n")
-            self.connection.sendall(head + response.body if with_body else head)
-            return
-        chunked = not request or request.http_1_1
-        self.connection.sendall(response.head(close, "Transfer-Encoding: chunked\r\n" * chunked))
-        if with_body:
-            for piece in response.body:
-                if piece:
-                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                elif self._client_is_gone():
-                    raise ConnectionAbortedError
-            self.connection.sendall(b"0\r\n\r\n" * chunked)
-
-    def _client_is_gone(self) -> bool:
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-
-    def _linger(self) -> None:
-        """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while self._receive_more(deadline) and len(self.received) < MAX_BODY_BYTES:
-            self.received.clear()
-
-
-class RunnerListener(socket.socket):
-    """A listening socket for the websockets server whose connections come from the HTTP side.
-
-    It is one end of a socket pair: a byte on the other end makes it readable, `accept` takes the connection.
-    """
-
-    def __init__(self) -> None:
-        ours, self._bell = socket.socketpair()
-        super().__init__(ours.family, ours.type, fileno=ours.detach())
-        self._handed_over: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-
-    def hand_over(self, connection: socket.socket) -> None:
-        """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
-        self._handed_over.put(socket.socket(fileno=connection.detach()))
-        self._bell.send(b"!")
-
-    def listen(self, backlog: int = 0, /) -> None:
-        """Do nothing: there is nothing to bind or to listen to."""
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Give the next connection that was handed over; BlockingIOError where there is none."""
-        self.recv(1)
-        connection = self._handed_over.get_nowait()
-        try:
-            return connection, connection.getpeername()
-        except OSError as error:
-            connection.close()
-            raise ConnectionAbortedError from error
-
-
-class Access:
-    """Who may do what: tokens, and what protects a browser's user from pages of other sites."""
-
-    def __init__(self, host: str, tokens: dict[str, set[str]]) -> None:
-        self.tokens = tokens
-        self.hosts = {"localhost", host.lower(), socket.gethostname().lower()}
-
-    def check(self, request: Request) -> None:
-        """Raise ApiError for a request that must not be served."""
-        page = request.path == "/" and request.method == "GET"  # anyone may link to the dashboard
-        host, origin = request.headers["host"], request.headers.get("origin")
-        if not self.tokens["api"] and not self._knows(host):
-            raise ApiError(
-                HTTPStatus.FORBIDDEN, f"the Host {host!r} is not served; use localhost, an address, or a token"
-            )
-        foreign = origin is not None and origin.partition("://")[2] != host
-        if not page and (foreign or request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
-            raise ApiError(HTTPStatus.FORBIDDEN, "a page of another site may not do this")
-        if not page and request.path != "/healthz" and not self.allows("api", request.headers.get("authorization")):
-            detail = "this needs a token: Authorization: Bearer TOKEN"
-            raise ApiError(HTTPStatus.UNAUTHORIZED, detail, **{"WWW-Authenticate": "Bearer"})
-
-    def _knows(self, host: str) -> bool:
-        name = re.sub(r":[0-9]*$", "", host).lower()
-        if name in self.hosts:
-            return True
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return False
-        return True  # a page can give its own name another address, but can't have an address for a name
-
-    def allows(self, scope: str, authorization: str | None) -> bool:
-        """Whether a request with this Authorization header may use "api" or "worker"; all may where no token is set."""
-        tokens = self.tokens[scope]
-        scheme, _, value = (authorization or "").partition(" ")
-        given = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        return not tokens or sum(hmac.compare_digest(given, token.encode()) for token in tokens) > 0
-
-    def check_runner(self, connection: ServerConnection, request: websockets.http11.Request) -> Any:
-        """Answer a worker's opening handshake with 401 where its token is not right."""
-        given = request.headers.get_all("Authorization")
-        if self.allows("worker", given[0] if len(given) == 1 else None):
-            return None
-        return connection.respond(HTTPStatus.UNAUTHORIZED, "this needs a worker's token: --token-file\n")
-
-
-@dataclass(slots=True)
-class Response:
-    body: bytes | Iterator[bytes]
-    status: HTTPStatus = HTTPStatus.OK
-    content_type: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def head(self, close: bool, length: str) -> bytes:
-        extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-        return (
-            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\nContent-Type: {self.content_type}\r\n{length}"
-            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-            f"{extra}{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n"
-        ).encode("latin-1", "replace")
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)
-
-
-JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def as_json(value: object) -> bytes:
-    return JSON_ENCODER.encode(value).encode()
-
-
-def problem(error: ApiError) -> Response:
-    status = error.status
-    body = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": error.detail}
-    return Response(as_json(body), status, "application/problem+json", error.headers)
-
-
-def timestamp(seconds: float | None) -> str | None:
-    """Seconds since the epoch as RFC 3339, UTC, with milliseconds."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def job_json(id_: int, name: str, state: str) -> dict[str, Any]:
-    """A job as the original's API shows it, key for key."""
-    queuing = state in ("queued", "assigned")
-    return {"id": id_, "name": name, "queuing": queuing, "running": state == "running", "success": state == "success"}
-
-
-class Api:
-    """What each request is answered with. Every method here runs on an HTTP thread."""
-
-    def __init__(self, store_: Store, dispatcher: Dispatcher, events: "Events", metrics: "Metrics", hold: bool) -> None:
-        self.store, self.dispatcher, self.events, self.metrics, self.hold = store_, dispatcher, events, metrics, hold
-        self.loop = asyncio.get_running_loop()
-
-    def answer(self, request: Request) -> Response:
-        """Answer a request; never raises but for ApiError, whatever it holds."""
-        try:
-            method = "GET" if request.method == "HEAD" else request.method
-            allowed = []
-            for route_method, pattern, function in ROUTES:
-                if match := pattern.fullmatch(request.path):
-                    if route_method == method:
-                        return function(self, request, *map(unquote_strictly, match.groups()))
-                    allowed.append(route_method)
-            raise self._no_route(request, allowed)
-        except ApiError:
-            raise
-        except StoreError as error:
-            raise ApiError(HTTPStatus.INSUFFICIENT_STORAGE, f"nothing was changed: {error}") from error
-        except Exception as error:
-            log.error("internal error at %s %s", request.method, request.path, exc_info=error)
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log says more") from error
-
-    def _no_route(self, request: Request, allowed: list[str]) -> ApiError:
-        if request.path == "/runner":
-            detail = "workers connect here by WebSocket: python client.py HOST:PORT/runner"
-            return ApiError(HTTPStatus.UPGRADE_REQUIRED, detail, Upgrade="websocket", Connection="Upgrade")
-        if allowed:
-            methods = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
-            return ApiError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.path} takes {methods}", Allow=methods)
-        return ApiError(HTTPStatus.NOT_FOUND, f"nothing is at {request.path}; /openapi.json tells what there is")
-
-    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return self.store.do(function, *args).result()
-        except KeyError as error:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"there is no job with id {error.args[0]}") from error
-        except store.Conflict as error:
-            raise ApiError(HTTPStatus.CONFLICT, str(error)) from error
-
-    # Jobs
-
-    def post_job(self, request: Request, name: str) -> Response:
-        query = request.query("wait", "full")
-        wait, full = seconds(query, "wait"), flag(query, "full")
-        job = self._new_job(name, read_json(request.body) if request.body else {}, idempotency_key(request), "")
-        self._check_workers()
-        (id_,) = self._do(store.add, [job], time.time())
-        if not wait and not full:
-            return Response(as_json(job_json(id_, name, "queued")))
-        row = self._wait(id_, wait)
-        return Response(as_json(self.show(row) if full else job_json(id_, name, row["state"])))
-
-    def post_jobs(self, request: Request) -> Response:
-        request.query()
-        items = read_json(request.body)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
-        key = idempotency_key(request)
-        jobs = [
-            self._new_job(item.pop("name", None), item, f"{key}/{number}" if key else None, f"item {number}: ")
-            for number, item in enumerate(items)
-        ]
-        self._check_workers()
-        ids = self._do(store.add, jobs, time.time())
-        made = [job_json(id_, job.name, "queued") for id_, job in zip(ids, jobs, strict=True)]
-        return Response(as_json(made))
-
-    def _new_job(self, name: object, body: object, key: str | None, where: str) -> NewJob:
-        configs = self.dispatcher.configs
-        config = configs.by_name.get(name) if isinstance(name, str) else None
-        if config is None:
-            known = ", ".join(list(configs.by_name)[:20]) or "none"
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
-            )
-        if body == {} and not config.parameters:
-            return NewJob(config.name, {}, config.priority, 0, key)
-        try:
-            return self._checked(config, body, key)
-        except ValueError as error:
-            raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
-
-    def _checked(self, config: JobConfig, body: object, key: str | None) -> NewJob:
-        if not isinstance(body, dict):
-            raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
-        for unknown in body.keys() - {"environment", "priority", "delay"}:
-            raise ValueError(f"no key {unknown!r} here; there are: environment, priority, delay")
-        priority, delay = body.get("priority", config.priority), body.get("delay", 0)
-        if type(priority) is not int or abs(priority) >= 2**31:
-            raise ValueError("priority must be an integer of 32 bits")
-        if type(delay) not in (int, float) or not 0 <= delay <= MAX_DELAY_SECONDS:
-            raise ValueError(f"delay must be a number of seconds from 0 to {MAX_DELAY_SECONDS}")
-        return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay, key)
-
-    def _check_workers(self) -> None:
-        if not self.hold and not self.dispatcher.expects_workers:
-            detail = "worker is not exist. Start one: python client.py HOST:PORT/runner, or run the server with --hold"
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, detail)
-
-    def get_jobs(self, request: Request) -> Response:
-        query = request.query("state", "name", "limit", "after", "before", "full")
-        states = list(dict.fromkeys(query["state"].split(","))) if "state" in query else []
-        for state in states:
-            if state not in store.STATES:
-                raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {state!r}; there are: {', '.join(store.STATES)}")
-        limit = integer(query, "limit", 1, MAX_JOB_ID)
-        before, after = integer(query, "before", 0, MAX_JOB_ID), integer(query, "after", 0, MAX_JOB_ID) or 0
-        if before is not None and limit is None:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        pages = self._pages(states, query.get("name"), after, before, limit)
-        return Response(self._list(pages, flag(query, "full")))
-
-    def _pages(
-        self, states: list[str], name: str | None, after: int, before: int | None, limit: int | None
-    ) -> Iterator[list[sqlite3.Row]]:
-        if before is not None:
-            yield self._do(store.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
-            return
-        left = MAX_JOB_ID if limit is None else limit
-        while left > 0 and (rows := self._do(store.page, states, name, after, None, min(left, PAGE_JOBS))):
-            yield rows
-            after, left = rows[-1]["id"], left - len(rows)
-
-    def _list(self, pages: Iterator[list[sqlite3.Row]], full: bool) -> Iterator[bytes]:
-        separator = b"["
-        for rows in pages:
-            show = self.show if full else lambda row: job_json(row["id"], row["name"], row["state"])
-            yield separator + as_json([show(row) for row in rows])[1:-1]
-            separator = b","
-        yield b"[]" if separator == b"[" else b"]"
-
-    def get_job(self, request: Request, id_: str) -> Response:
-        query = request.query("wait")
-        return Response(as_json(self.show(self._wait(job_id(id_), seconds(query, "wait")))))
-
-    def _wait(self, job: int, wait: float) -> sqlite3.Row:
-        """Give a job's row once it is final, or as it is after `wait` seconds."""
-        deadline = time.monotonic() + wait
-        while True:
-            row: sqlite3.Row
-            row, changed = self._do(store.get_and_watch, job, wait > 0)
-            if changed is None:
-                return row
-            try:
-                changed.result(max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                changed.cancel()
-                wait = 0
-
-    def show(self, row: sqlite3.Row) -> dict[str, Any]:
-        reason = row["reason"]
-        if row["state"] == "queued":
-            reason = self._why_it_waits(row)
-        elif row["state"] == "running" and row["cancelling"]:
-            reason = "cancelling"
-        return {
-            **job_json(row["id"], row["name"], row["state"]),
-            "state": row["state"],
-            "attempt": row["attempt"],
-            "worker": row["worker_name"],
-            "exit_code": row["exit_code"],
-            "reason": reason,
-            "environment": json.loads(row["environment"] or "{}"),
-            "priority": row["priority"],
-            "created_at": timestamp(row["created_at"]),
-            "started_at": timestamp(row["started_at"]),
-            "finished_at": timestamp(row["finished_at"]),
-            "log_bytes": row["log_bytes"],
-        }
-
-    def _why_it_waits(self, row: sqlite3.Row) -> str | None:
-        name, configs = row["name"], self.dispatcher.configs
-        config, workers = configs.by_name.get(name), list(self.dispatcher.workers.values())
-        if config is None:
-            return f"jobs.yaml has no job named {name} any more"
-        if row["not_before"] is not None:
-            return f"waits until {timestamp(row['not_before'])}"
-        if not workers:
-            return "no worker is connected"
-        if not any(set(config.tags) <= set(worker.tags) for worker in workers):
-            return f"no worker has the tag{'s' * (len(config.tags) > 1)} {', '.join(config.tags)}"
-        if not any(name in configs.names_for(worker.tags, worker.protocol_version) for worker in workers):
-            return "no connected worker speaks version 2 of the protocol, which this job needs"
-        if config.concurrency and (active := self._do(store.count_active, name)) >= config.concurrency:
-            return f"{active} of {config.concurrency} running"
-        return "all slots are busy"
-
-    def delete_job(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(store.cancel, job_id(id_), time.time())
-        if row["worker"] is not None:
-            running = row["state"] == "running"
-            stop = self.dispatcher.stop
-            self.loop.call_soon_threadsafe(stop, row["worker"], row["id"], row["attempt"], running)
-        return Response(as_json(self.show(self._do(store.get, row["id"]))))
-
-    def retry_job(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(store.get, job_id(id_))
-        if row["state"] not in store.FINAL_STATES:
-            raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
-        body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
-        job = self._new_job(row["name"], body, idempotency_key(request), "")
-        self._check_workers()
-        (new_id,) = self._do(store.add, [job], time.time())
-        return Response(as_json(job_json(new_id, job.name, "queued")))
-
-    def get_attempts(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(store.get, job_id(id_))
-        attempts = [*self._do(store.attempts, row["id"]), *([row] if row["attempt"] else [])]
-        keys = ("attempt", "worker_name", "started_at", "finished_at", "exit_code", "reason", "log_bytes")
-        shown = [{key.removesuffix("_name"): attempt[key] for key in keys} for attempt in attempts]
-        for attempt in shown:
-            attempt["started_at"], attempt["finished_at"] = map(
-                timestamp, (attempt["started_at"], attempt["finished_at"])
-            )
-        return Response(as_json(shown))
-
-    def get_log(self, request: Request, id_: str) -> Response:
-        query = request.query("follow", "tail", "offset", "attempt")
-        row = self._do(store.get, job_id(id_))
-        attempt = integer(query, "attempt", 1, MAX_JOB_ID) or row["attempt"]
-        offset, tail = integer(query, "offset", 0, 2**62) or 0, integer(query, "tail", 0, MAX_JOB_ID)
-        if tail is not None:
-            offset = max(offset, self._do(store.tail_offset, row["id"], attempt, tail))
-        follow = flag(query, "follow")
-        pieces = self._follow(row["id"], attempt, offset) if follow else self._read_log(row["id"], attempt, offset)
-        return Response(pieces, content_type="text/plain; charset=utf-8", headers=UNBUFFERED if follow else {})
-
-    def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
-        """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
-        while pieces := self._do(store.read_log, job, attempt, offset):
-            for start, data in pieces:
-                if start > offset:
-                    yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)
-                yield data
-                offset = start + len(data)
-        return offset
-
-    def _follow(self, job: int, attempt: int, offset: int) -> Iterator[bytes]:
-        while True:
-            row, changed = self._do(store.get_and_watch, job, True)
-            if not attempt:
-                attempt = row["attempt"]
-            offset = yield from self._read_log(job, attempt, offset)
-            if changed is None or row["attempt"] > attempt:
-                return
-            while not changed.done():
-                yield b""  # is the reader still there?
-                with contextlib.suppress(TimeoutError):
-                    changed.result(FOLLOW_CHECK_SECONDS)
-
-    # Workers, events, health
-
-    def get_workers(self, request: Request) -> Response:
-        full = flag(request.query("full"), "full")
-        workers = sorted(self.dispatcher.workers.values(), key=lambda worker: worker.id)
-        return Response(as_json([worker.as_json() if full else worker_json(worker) for worker in workers]))
-
-    def get_worker(self, request: Request, id_: str) -> Response:
-        request.query()
-        worker = self.dispatcher.workers.get(job_id(id_))
-        if worker is None:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
-        return Response(as_json(worker.as_json()))
-
-    def get_configs(self, request: Request) -> Response:
-        request.query()
-        return Response(as_json([public_config(config) for config in self.dispatcher.configs.by_name.values()]))
-
-    def get_events(self, request: Request) -> Response:
-        request.query()
-        last = request.headers.get("last-event-id", "")
-        stream = self.events.stream(int(last) if re.fullmatch("[0-9]{1,18}", last) else None)
-        return Response(stream, content_type="text/event-stream; charset=utf-8", headers=UNBUFFERED)
-
-    def get_health(self, request: Request) -> Response:
-        request.query()
-        health = {
-            "status": "ok",
-            "version": VERSION,
-            "workers": len(self.dispatcher.workers),
-            "jobs": self.store.counts,
-        }
-        if self.store.error:
-            health = {"status": "failing", "detail": self.store.error, "version": VERSION}
-        return Response(as_json(health), HTTPStatus.SERVICE_UNAVAILABLE if self.store.error else HTTPStatus.OK)
-
-    def get_metrics(self, request: Request) -> Response:
-        request.query()
-        oldest = self._do(store.oldest_ready)
-        latency = 0.0 if oldest is None else max(time.time() - oldest, 0)
-        text = self.metrics.text(self.store.counts, self.dispatcher, latency)
-        return Response(text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def get_dashboard(self, request: Request) -> Response:  # noqa: ARG002
-        page, policy = dashboard()
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-        return Response(page, content_type="text/html; charset=utf-8", headers=headers)
-
-    def get_openapi(self, request: Request) -> Response:
-        request.query()
-        return Response((HERE / "openapi.json").read_bytes())
-
-
-ROUTES = [
-    (method, re.compile(pattern), function)
-    for method, pattern, function in (
-        ("POST", "/api/jobs/([^/]+)", Api.post_job),
-        ("GET", "/api/jobs", Api.get_jobs),
-        ("POST", "/api/jobs", Api.post_jobs),
-        ("GET", "/api/jobs/([^/]+)", Api.get_job),
-        ("DELETE", "/api/jobs/([^/]+)", Api.delete_job),
-        ("POST", "/api/jobs/([^/]+)/retry", Api.retry_job),
-        ("GET", "/api/jobs/([^/]+)/log", Api.get_log),
-        ("GET", "/api/jobs/([^/]+)/attempts", Api.get_attempts),
-        ("GET", "/api/workers", Api.get_workers),
-        ("GET", "/api/workers/([^/]+)", Api.get_worker),
-        ("GET", "/api/configs", Api.get_configs),
-        ("GET", "/api/events", Api.get_events),
-        ("GET", "/healthz", Api.get_health),
-        ("GET", "/metrics", Api.get_metrics),
-        ("GET", "/openapi.json", Api.get_openapi),
-        ("GET", "/", Api.get_dashboard),
-    )
-]
-
-
-def unquote_strictly(text: str) -> str:
-    try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError as error:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "the path is not UTF-8") from error
-
-
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 255:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must have 1 to 255 characters")
-    return key
-
-
-def read_json(body: bytes) -> Any:
-    try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
-        as_json(value)  # lone surrogates can't be stored
-    except (ValueError, RecursionError) as error:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {str(error)[:200]}") from error
-    return value
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def job_id(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text):
-        raise ApiError(HTTPStatus.NOT_FOUND, f"there is no id {text!r}: ids are numbers")
-    return int(text)
-
-
-def integer(query: dict[str, str], name: str, low: int, high: int) -> int | None:
-    text = query.get(name)
-    if text is None:
-        return None
-    if not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be an integer from {low} to {high}")
-    return int(text)
-
-
-def flag(query: dict[str, str], name: str) -> bool:
-    text = query.get(name, "0")
-    if text not in ("0", "1"):
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be 0 or 1")
-    return text == "1"
-
-
-def seconds(query: dict[str, str], name: str) -> float:
-    text = query.get(name, "0")
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,30})?(e-[0-9]{1,3})?", text) or float(text) > MAX_WAIT_SECONDS:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be a number of seconds from 0 to {MAX_WAIT_SECONDS}")
-    return float(text)
-
-
-def public_config(config: JobConfig) -> dict[str, Any]:
-    """A job of jobs.yaml as the API shows it: what one needs to run it, and no environment, which may hold secrets."""
-    parameters = {
-        name: {"required": parameter.required, "default": parameter.default, "pattern": parameter.pattern}
-        for name, parameter in config.parameters.items()
-    }
-    keys = ("name", "image", "command", "tags", "concurrency", "priority", "timeout", "retries")
-    return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
-
-
-@functools.cache
-def dashboard() -> tuple[bytes, str]:
-    """The dashboard's page, and a policy that lets nothing but its own script and style run."""
-    page = (HERE / "dashboard.html").read_bytes()
-    hashes = {}
-    for tag in (b"script", b"style"):
-        element = re.search(rb"<%b>(.*?)</%b>" % (tag, tag), page, re.DOTALL)
-        digest = hashlib.sha256(element[1] if element else b"").digest()
-        hashes[tag] = f"'sha256-{base64.b64encode(digest).decode()}'"
-    policy = (
-        f"default-src 'none'; script-src {hashes[b'script']}; style-src {hashes[b'style']}; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return page, policy
-
-
-class Tick(NamedTuple):
-    """What changed in a moment: job ids, workers as JSON, and the counts where they changed."""
-
-    id: int
-    jobs: frozenset[int]
-    workers: list[dict[str, Any]]
-    stats: dict[str, Any]
-
-
-class Events:
-    """Server-sent events: a ring of the last ticks, rendered once for all who listen."""
-
-    def __init__(self, store_: Store) -> None:
-        self.store = store_
-        self.listeners = 0
-        self._condition = threading.Condition()
-        self._ticks: deque[Tick] = deque([Tick(int(time.time() * 1000), frozenset(), [], {})], maxlen=RING_TICKS)
-        self._render = functools.lru_cache(maxsize=8)(self._render_uncached)
-
-    def publish(self, jobs: frozenset[int], workers: list[dict[str, Any]], stats: dict[str, Any]) -> None:
-        """Add a tick where anything changed, and wake who listens. Called on the event loop."""
-        last = self._ticks[-1]
-        if jobs or workers or stats != last.stats:
-            with self._condition:
-                self._ticks.append(Tick(max(int(time.time() * 1000), last.id + 1), jobs, workers, stats))
-                self._condition.notify_all()
-
-    def stream(self, last_id: int | None) -> Iterator[bytes]:
-        """Give events from after `last_id`, for ever; b"" now and then. Ids go on growing across server starts."""
-        position = self._ticks[-1].id
-        yield event("stats", self._ticks[-1].stats, position)
-        if last_id is not None and self._ticks[0].id <= last_id <= position:
-            position = last_id
-        elif last_id is not None:
-            yield event("reset", {}, position)
-        while True:
-            with self._condition:
-                news = self._condition.wait_for(functools.partial(self._is_newer, position), HEARTBEAT_SECONDS)
-                newest, oldest = self._ticks[-1].id, self._ticks[0].id
-            if not news:
-                yield b":\n\n"
-            elif position < oldest:
-                yield event("reset", {}, newest)
-            else:
-                yield self._render(position, newest)
-            position = newest
-
-    def _is_newer(self, position: int) -> bool:
-        return self._ticks[-1].id > position
-
-    def _render_uncached(self, after: int, until: int) -> bytes:
-        ticks = [tick for tick in list(self._ticks) if after < tick.id <= until]
-        jobs = frozenset[int]().union(*(tick.jobs for tick in ticks))
-        workers = {worker["id"]: worker for tick in ticks for worker in tick.workers}
-        parts = [event("worker", worker) for worker in workers.values()]
-        if len(jobs) > MAX_EVENT_JOBS:
-            parts.append(event("reset", {}))
-        else:
-            rows = self.store.do(store.get_many, jobs).result() if jobs else []
-            parts += [event("job", self.show(row)) for row in rows]
-        return b"".join(parts) + event("stats", ticks[-1].stats, until)
-
-    show: Callable[[sqlite3.Row], dict[str, Any]]
-
-
-def event(kind: str, data: object, id_: int | None = None) -> bytes:
-    """One server-sent event; an id on the last of a tick, so that who resumes after it has missed nothing."""
-    return (f"id: {id_}\n" if id_ else "").encode() + b"event: %b\ndata: %b\n\n" % (kind.encode(), as_json(data))
-
-
-class Metrics:
-    """Counters and histograms since the server's start, in Prometheus' text format."""
-
-    BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
-
-    def __init__(self) -> None:
-        self.finished: Counter[tuple[str, str]] = Counter()
-        self.durations: dict[str, list[float]] = {}
-        self.waits: dict[str, list[float]] = {}
-
-    def observe(self, finished: Iterable[store.Finished]) -> None:
-        """Count jobs that ended. Called on the event loop."""
-        for _id, name, state, created_at, started_at, finished_at in finished:
-            self.finished[name, state] += 1
-            if started_at is not None:
-                self._add(self.durations, name, finished_at - started_at)
-                self._add(self.waits, name, started_at - created_at)
-
-    def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
-        counts = histograms.setdefault(name, [0] * (len(self.BUCKETS) + 2))
-        counts[bisect_left(self.BUCKETS, value)] += 1
-        counts[-1] += value
-
-    def text(self, counts: dict[str, int], dispatcher: Dispatcher, latency: float) -> str:
-        """Give all metrics. latency: how long the oldest job that could run has waited, in seconds."""
-        workers = list(dispatcher.workers.values())
-        up = [({"worker": worker.name}, 1.0) for worker in workers]
-        up += [({"worker": worker.name}, 0.0) for worker in list(dispatcher.away.values())]
-        lines = [
-            *family("build_info", "gauge", "What runs here.", [({"version": VERSION}, 1)]),
-            *family("jobs", "gauge", "Jobs by state.", [({"state": state}, count) for state, count in counts.items()]),
-            *family("queue_latency_seconds", "gauge", "How long the oldest ready job has waited.", [({}, latency)]),
-            *family("worker_up", "gauge", "1: connected; 0: within its grace.", up),
-            *family("worker_jobs", "gauge", "Jobs held.", [({"worker": w.name}, len(w.jobs)) for w in workers]),
-            *family("worker_slots", "gauge", "Slots.", [({"worker": worker.name}, worker.slots) for worker in workers]),
-            *family(
-                "jobs_finished_total",
-                "counter",
-                "Jobs that ended, since the server's start.",
-                [({"name": name, "state": state}, count) for (name, state), count in list(self.finished.items())],
-            ),
-            *self._histogram("job_duration_seconds", "From start to end.", self.durations),
-            *self._histogram("job_queue_duration_seconds", "From POST to start.", self.waits),
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _histogram(self, name: str, text: str, histograms: dict[str, list[float]]) -> Iterator[str]:
-        yield from family(name, "histogram", text, [])
-        for job, (*counts, total) in list(histograms.items()):
-            label = {"name": job}
-            for bound, count in zip((*self.BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True):
-                yield sample(f"{name}_bucket", {**label, "le": str(bound)}, count)
-            yield sample(f"{name}_sum", label, total)
-            yield sample(f"{name}_count", label, sum(counts))
-
-
-def family(name: str, kind: str, text: str, samples: list[tuple[dict[str, str], float]]) -> list[str]:
-    lines = [f"# HELP jobworker_{name} {text}", f"# TYPE jobworker_{name} {kind}"]
-    return lines + [sample(name, labels, value) for labels, value in samples]
-
-
-def sample(name: str, labels: dict[str, str], value: float) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    shown = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
-    return f"jobworker_{name}{{{shown}}} {value}" if shown else f"jobworker_{name} {value}"
-
-
 class Server:
     """Puts the parts together, runs them, and takes them down again."""
 
@@ -1573,7 +553,7 @@ class Server:
             "slots": sum(worker.slots for worker in workers),
             "busy": sum(len(worker.jobs) for worker in workers),
         }
-        self.events.publish(frozenset(changed), self.dispatcher.take_changed_workers(), stats)
+        self.events.publish(changed, self.dispatcher.take_changed_workers(), stats)
 
     def _prune(self) -> None:
         if self.options.keep:
@@ -1699,6 +679,7 @@ def check_host(options: argparse.Namespace) -> None:
 def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is a configuration to read again
     os.umask(0o077)  # the database holds what jobs wrote
+    raise_limit_of_files()
     options = parse_options()
     start_logging(options.verbose)
     try:
@@ -1718,6 +699,12 @@ def main() -> int:
     except OSError as error:
         log.critical("can't listen on %s port %d: %s", options.host, options.port, error.strerror or error)
     return 1
+
+
+def raise_limit_of_files() -> None:
+    """Take as many descriptors as the system gives: each worker and each request has one."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def serve(options: argparse.Namespace, jobs: Iterable[JobConfig]) -> int:

@@ -3513,10 +3513,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Wor
         server = stage.server(jobs=jobs)
         worker = stage.worker(server, "--slots", "2", name=f"test-{os.getpid()}", PATH=os.environ["PATH"])
         yield server, worker
-        left = docker_ps(server)
-        if left:
-            subprocess.run(["docker", "rm", "-f", "-v", *left], check=True, capture_output=True)
-        assert left == []
+        until(lambda: not docker_ps(server))
 
 
 def docker_ps(server: Server, job: int | None = None) -> list[str]:

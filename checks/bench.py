@@ -188,8 +188,11 @@ def memory(pid: int) -> int:
 
 def cpu_seconds(pid: int) -> float:
     """What the threads of a process that still run have used: to the nanosecond, where `stat` counts hundredths."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    used = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            used += int((task / "schedstat").read_text().split()[0])
+    return used / 1e9
 
 
 class Bench:

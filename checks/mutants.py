@@ -129,20 +129,20 @@ MUTANTS = (
         "            if False:\n",
     ),
     Mutant("the stale is settled", "server.py", "stale", "else Settled)(job, attempt)", "else Go)(job, attempt)"),
-    Mutant("Origin", "server.py", "another_site", "if not page and (foreign or", "if not page and (False or"),
+    Mutant("Origin", "api.py", "another_site", "if not page and (foreign or", "if not page and (False or"),
     Mutant("Origin of a worker", "server.py", "cannot_be_a_worker", "origins=[None]", "origins=None"),
-    Mutant("Host", "server.py", "Strangers", "and not self._knows(host)", "and False"),
-    Mutant("token", "server.py", "Strangers", "return not tokens or", "return True or"),
+    Mutant("Host", "api.py", "Strangers", "and not self._knows(host)", "and False"),
+    Mutant("token", "api.py", "Strangers", "return not tokens or", "return True or"),
     Mutant(
         "framing: a header twice",
-        "server.py",
+        "api.py",
         "FramingAttacks",
         "if name in headers and name in SINGLE_HEADERS:",
         "if False:",
     ),
-    Mutant("framing: chunked bodies", "server.py", "FramingAttacks", 'if "transfer-encoding" in headers:', "if False:"),
+    Mutant("framing: chunked bodies", "api.py", "FramingAttacks", 'if "transfer-encoding" in headers:', "if False:"),
     Mutant(
-        "framing: digits", "server.py", "FramingAttacks", 're.fullmatch("[0-9]{1,18}", length)', "length.isprintable()"
+        "framing: digits", "api.py", "FramingAttacks", 're.fullmatch("[0-9]{1,18}", length)', "length.isprintable()"
     ),
     # the worker: two phases, the outbox, what a former life left
     Mutant(

@@ -26,6 +26,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
+import api as api_module
 import protocol
 import server as server_module
 from test_jobworker import (
@@ -132,7 +133,7 @@ class TestOpenApi:
         return server
 
     def test_every_route_is_described_and_every_description_has_its_route(self) -> None:
-        routes = [(method, pattern.pattern.replace("([^/]+)", "{}")) for method, pattern, _ in server_module.ROUTES]
+        routes = [(method, pattern.pattern.replace("([^/]+)", "{}")) for method, pattern, _ in api_module.ROUTES]
         described = [(method, re.sub(r"\{\w+\}", "{}", path)) for method, path in OPERATIONS]
         assert sorted(routes) == sorted(described)
 
@@ -162,7 +163,7 @@ class TestOpenApi:
         assert all(operation["summary"] and operation["tags"] for operation in OPERATIONS.values())
         names = {tag["name"] for tag in OPENAPI["tags"]}
         assert {tag for operation in OPERATIONS.values() for tag in operation["tags"]} == names
-        assert OPENAPI["info"]["version"] == server_module.VERSION
+        assert OPENAPI["info"]["version"] == protocol.VERSION
 
     def test_every_parameter_in_a_path_is_described(self) -> None:
         for (_, path), operation in OPERATIONS.items():
@@ -573,7 +574,7 @@ class TestMetrics:
         assert Metrics(server)("build_info", version=server.get("/healthz")["version"]) == 1
 
     def test_a_name_cannot_add_a_line(self) -> None:
-        metrics = server_module.Metrics()
+        metrics = api_module.Metrics()
         name = 'a"} 1\njobworker_jobs{state="forged\\'
         metrics.finished[name, "success"] = 1
         text = metrics.text({}, server_module.Dispatcher(server_module.Configs([]), 1), 0)
@@ -599,9 +600,9 @@ class TestEvents:
     """/api/events: what a listener may rely on."""
 
     @pytest.fixture
-    def ring(self) -> server_module.Events:
+    def ring(self) -> api_module.Events:
         """The ring of events alone, without a server and its clock."""
-        return server_module.Events(None)  # type: ignore[arg-type]
+        return api_module.Events(None)  # type: ignore[arg-type]
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -626,7 +627,7 @@ class TestEvents:
                 heard.append(events.next("job")["id"])
         assert heard == [*missed, last]
 
-    def test_every_id_along_the_way_is_a_place_to_resume(self, ring: server_module.Events) -> None:
+    def test_every_id_along_the_way_is_a_place_to_resume(self, ring: api_module.Events) -> None:
         for number in range(1, 6):
             ring.publish(frozenset(), [{"id": number}], {})
         stream = ring.stream(0)
@@ -657,18 +658,18 @@ class TestEvents:
         with Events(server, last_id) as events:
             assert events.next("reset") == {}
 
-    def test_an_id_that_has_left_the_ring_is_answered_with_a_reset(self, ring: server_module.Events) -> None:
+    def test_an_id_that_has_left_the_ring_is_answered_with_a_reset(self, ring: api_module.Events) -> None:
         oldest = ring._ticks[0].id
-        for number in range(server_module.RING_TICKS - 1):
+        for number in range(api_module.RING_TICKS - 1):
             ring.publish(frozenset(), [{"id": number}], {})
         assert events_of(ring.stream(oldest), 2)[1][0] == "worker"
         ring.publish(frozenset(), [{"id": 0}], {})
         assert [kind for kind, _, _ in events_of(ring.stream(oldest), 2)] == ["stats", "reset"]
 
-    def test_a_listener_too_slow_for_the_ring_is_told_to_reset(self, ring: server_module.Events) -> None:
+    def test_a_listener_too_slow_for_the_ring_is_told_to_reset(self, ring: api_module.Events) -> None:
         stream = ring.stream(None)
         events_of(stream, 1)
-        for number in range(server_module.RING_TICKS + 1):
+        for number in range(api_module.RING_TICKS + 1):
             ring.publish(frozenset(), [{"id": number}], {})
         [(kind, _, last_id)] = events_of(stream, 1)
         assert kind == "reset"
@@ -682,18 +683,18 @@ class TestEvents:
             assert events.next("reset") == {}
             assert events.next("stats")["jobs"]["queued"] >= 300
 
-    def test_ids_go_on_growing_over_a_restart(self, ring: server_module.Events) -> None:
+    def test_ids_go_on_growing_over_a_restart(self, ring: api_module.Events) -> None:
         for number in range(3):
             ring.publish(frozenset(), [{"id": number}], {})
         ids = [tick.id for tick in ring._ticks]
         assert ids == sorted(set(ids))
         time.sleep(0.01)
-        again = server_module.Events(None)  # type: ignore[arg-type]
+        again = api_module.Events(None)  # type: ignore[arg-type]
         assert again._ticks[0].id > ids[-1]
 
-    def test_silence_is_broken_by_comments(self, ring: server_module.Events, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert server_module.HEARTBEAT_SECONDS <= 15
-        monkeypatch.setattr(server_module, "HEARTBEAT_SECONDS", 0.05)
+    def test_silence_is_broken_by_comments(self, ring: api_module.Events, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert api_module.HEARTBEAT_SECONDS <= 15
+        monkeypatch.setattr(api_module, "HEARTBEAT_SECONDS", 0.05)
         stream = ring.stream(None)
         events_of(stream, 1)
         for _ in range(3):
@@ -702,7 +703,7 @@ class TestEvents:
             assert comment.endswith(b"\n\n")
             assert b"event" not in comment
 
-    def test_what_changes_nothing_is_no_event(self, ring: server_module.Events) -> None:
+    def test_what_changes_nothing_is_no_event(self, ring: api_module.Events) -> None:
         for _ in range(3):
             ring.publish(frozenset(), [], {"workers": 1})
         assert [tick.stats for tick in ring._ticks] == [{}, {"workers": 1}]

@@ -12,7 +12,10 @@ import yaml
 
 HERE = Path(__file__).parent.parent
 DEPLOY = HERE / "deploy"
-RUN_TIME_FILES = {"protocol.py", "store.py", "config.py", "server.py", "client.py", "dashboard.html", "openapi.json"}
+RUN_TIME_FILES = {f"{name}.py" for name in ("protocol", "store", "config", "api", "server", "client")} | {
+    "dashboard.html",
+    "openapi.json",
+}
 UNITS = {"jobworker-server.service": "server.py", "jobworker-worker@.service": "client.py"}
 
 

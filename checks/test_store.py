@@ -439,7 +439,7 @@ class StoreHistories(RuleBasedStateMachine):
 
 TestStoreHistories = StoreHistories.TestCase
 TestStoreHistories.settings = settings(
-    max_examples=int(__import__("os").environ.get("N", "150")),
+    max_examples=150,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
