@@ -1,0 +1,24 @@
+"""The torments and the benchmarks themselves, in their shortest form: that they run, and find nothing broken."""
+
+import subprocess
+import sys
+
+from test_jobworker import ROOT
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+class TestTorments:
+    """What `make chaos` and `make bench` do at length."""
+
+    def test_a_short_storm_breaks_no_promise(self) -> None:
+        assert "1 of 1 storms kept every promise" in run("checks/chaos.py", "--short", "--seed", "7")
+
+    def test_every_row_of_the_benchmarks_can_be_measured(self) -> None:
+        assert "jobs/s" in run("checks/bench.py", "--quick")
