@@ -5,10 +5,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
 WITH_ENGINE := $(BIN)/python checks/engine.py run --
 
-.PHONY: help demo run test lint format coverage bench chaos mutants clean
+.PHONY: help demo run test lint format coverage bench bench-peers chaos mutants clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/ready ## a server, two workers and hello-world in a container: what jobworker does, in seconds
 	@$(WITH_ENGINE) $(BIN)/python checks/demo.py
@@ -35,6 +35,9 @@ coverage: .venv/ready-dev browser ## the tests, and which branches they do not r
 
 bench: .venv/ready-dev ## how fast it is on this machine, beside what else does the same
 	@$(WITH_ENGINE) $(BIN)/python checks/bench.py $(ARGS)
+
+bench-peers: .venv/ready-dev ## the same work by rq, celery, dramatiq and huey, installed in a folder of their own
+	@$(BIN)/python checks/bench.py --peers $(ARGS)
 
 chaos: .venv/ready-dev ## kill everything again and again and count the promises
 	@$(WITH_ENGINE) $(BIN)/python checks/chaos.py $(ARGS)

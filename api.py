@@ -938,7 +938,8 @@ class Events:
         self.listeners = 0
         self._condition = threading.Condition()
         self._ticks: deque[Tick] = deque([Tick(int(time.time() * 1000), frozenset(), [], {})], maxlen=RING_TICKS)
-        self._render = functools.lru_cache(maxsize=8)(self._render_uncached)
+        self._rendering = threading.Lock()
+        self._rendered = functools.lru_cache(maxsize=8)(self._render)
 
     def publish(self, jobs: Iterable[int], workers: list[dict[str, Any]], stats: dict[str, Any]) -> None:
         """Add a tick where anything changed, and wake who listens. Called on the event loop."""
@@ -966,13 +967,15 @@ class Events:
             elif position < oldest:
                 yield event("reset", {}, newest)
             else:
-                yield self._render(position, newest)
+                with self._rendering:  # one renders, the others take what it made
+                    piece = self._rendered(position, newest)
+                yield piece
             position = newest
 
     def _is_newer(self, position: int) -> bool:
         return self._ticks[-1].id > position
 
-    def _render_uncached(self, after: int, until: int) -> bytes:
+    def _render(self, after: int, until: int) -> bytes:
         ticks = [tick for tick in list(self._ticks) if after < tick.id <= until]
         jobs = frozenset[int]().union(*(tick.jobs for tick in ticks))
         workers = {worker["id"]: worker for tick in ticks for worker in tick.workers}
@@ -1006,9 +1009,9 @@ class Metrics:
         """Count jobs that ended. Called on the event loop."""
         for _id, name, state, created_at, started_at, finished_at in finished:
             self.finished[name, state] += 1
-            if started_at is not None:
-                self._add(self.durations, name, finished_at - started_at)
-                self._add(self.waits, name, started_at - created_at)
+            if started_at is not None:  # by a clock that may have jumped meanwhile
+                self._add(self.durations, name, max(finished_at - started_at, 0))
+                self._add(self.waits, name, max(started_at - created_at, 0))
 
     def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
         counts = histograms.setdefault(name, [0] * (len(self.BUCKETS) + 2))

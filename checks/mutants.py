@@ -215,7 +215,7 @@ MUTANTS = (
     ),
     Mutant("a name as long as told", "protocol.py", "Frames", "if len(name) != length:", "if False:"),
     Mutant("no batch in a batch", "protocol.py", "Frames", "if frames[-1][:1] == bytes([_BATCH]):", "if False:"),
-    Mutant("raw UTF-8", "protocol.py", "Frames", "json.dumps(value, ensure_ascii=False, sep", "json.dumps(value, sep"),
+    Mutant("raw UTF-8", "protocol.py", "Frames", "JSONEncoder(ensure_ascii=False, sep", "JSONEncoder(sep"),
 )
 
 

@@ -1,6 +1,7 @@
 """Thousands of random histories of the store against a simple model of it, looked at after every step."""
 
 import random
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -340,6 +341,10 @@ class StoreHistories(RuleBasedStateMachine):
         for job in due:
             job.not_before = None
 
+    @rule(seconds=st.sampled_from([0.5, 3600]))
+    def the_clock_jumps_back(self, seconds: float) -> None:
+        self.now -= seconds
+
     @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
     def prune(self, age: float, limit: int) -> None:
         old = [j for j in self.jobs.values() if j.finished_at is not None and j.finished_at < self.now - age]
@@ -444,3 +449,47 @@ TestStoreHistories.settings = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
+
+
+class TestTransitions:
+    """The table of transitions is the picture that the README shows."""
+
+    def test_the_picture_has_each_transition_and_no_other(self) -> None:
+        drawn = edges_of_the_picture()
+        assert drawn == {(before, after) for (before, _event), after in store_module.TRANSITIONS.items()}
+        assert drawn == EDGES
+
+    def test_a_final_state_is_never_left(self) -> None:
+        assert not {before for before, _event in store_module.TRANSITIONS} & FINAL
+
+
+def edges_of_the_picture() -> set[tuple[str, str]]:
+    """Read the arrows of the README's picture: along its first line, from its states down and back, and DELETE's."""
+    text = (Path(store_module.__file__).parent / "README.md").read_text()
+    first, *lines = text[text.index("     POST ") :].partition("The reasons")[0].splitlines()
+    states = {match.start(): match[0] for match in re.finditer(r"[a-z]{6,}", first)}
+
+    def above(line: str, mark: str) -> str:
+        column = line.index(mark)
+        return next(state for start, state in states.items() if start <= column < start + len(state))
+
+    edges = set(re.findall(r"(?=\b(queued|assigned|running) ─+\w+─+▶ (\w+))", first))
+    for line in lines:
+        for label, target in re.findall(r"├─+ (\w+) ─+▶ (\w+)", line):
+            assert label in ("JobFailure", "lost")
+            edges.add((above(line, f"├───── {label}"), target))
+        if re.search("─ (requeue|retry)", line):
+            edges.add((above(line, "┘"), "queued"))
+        if "DELETE" in line:
+            edges |= {(state, "cancelled") for state in re.findall("queued|assigned|running", line.partition("──")[0])}
+    return edges
+
+
+class TestDurability:
+    """A commit is on disk before anyone sees its result."""
+
+    def test_each_commit_is_synced(self, tmp_path: Path) -> None:
+        connection = store_module._open(str(tmp_path / "jobs.db")).connection
+        settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+        connection.close()
+        assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
