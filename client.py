@@ -41,6 +41,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -117,10 +118,18 @@ class Output:
         start, self.end = self.end, self.end + len(data)
         if self.end > self._kept:
             data = data[max(self._kept - start, 0) :]
-            self._pieces.append((self.end - len(data), data))
             self._size += len(data)
+            start = self.end - len(data)
+            if self._pieces and self._is_open(self._pieces[-1], start):
+                start, before = self._pieces.pop()
+                data = before + data
+            self._pieces.append((start, data))
             while self._size > LOG_BUFFER_BYTES:
                 self._drop_one()
+
+    def _is_open(self, piece: tuple[int, bytes], end: int) -> bool:
+        start, data = piece
+        return start >= self._sent and start + len(data) == end and len(data) < LOG_PIECE_BYTES // 2
 
     def _drop_one(self) -> None:
         victim = next((i for i, (start, _) in enumerate(self._pieces) if start >= LOG_HEAD_BYTES), 0)
@@ -358,7 +367,7 @@ class Worker:
                 await self._connect_once()
                 log.info("disconnected")
             except InvalidStatus as error:
-                if error.response.status_code in (401, 403, 404):
+                if error.response.status_code == HTTPStatus.UNAUTHORIZED:
                     raise FatalError(f"{self.options.uri} refuses this worker: {explain(error)}") from error
                 log.warning("can't connect to %s: %s", self.options.uri, explain(error))
             except (OSError, WebSocketException) as error:
