@@ -199,11 +199,7 @@ class Docker:
     async def __call__(self, *arguments: str) -> tuple[int, str, str]:
         """Run `docker ARGUMENTS`; give its exit code, stdout and stderr. Ends it when cancelled."""
         process = await self._start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        try:
-            out, err = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
+        out, err = await self._end(process)
         return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
 
     async def insist(self, *arguments: str, patience: float = math.inf) -> tuple[int, str, str]:
@@ -249,7 +245,17 @@ class Docker:
     async def follow(self, container: str, output: int) -> bool:
         """Copy what a container wrote, from its start, and writes until it ends; whether that was all."""
         process = await self._start("logs", "--follow", container, stdout=output, stderr=output)
-        return bool(await process.wait() == 0)
+        await self._end(process)
+        return bool(process.returncode == 0)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+        """Wait for a command's end and give its output; where the wait is cancelled, the command ends with it."""
+        try:
+            return await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
 
     async def state(self, container: str) -> dict[str, Any] | None:
         """Give `docker inspect`'s State of a container, or None where it says nothing. Waits for an engine."""
