@@ -198,7 +198,11 @@ class Front(ThreadingHTTPServer):
                 request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                 self.shutdown_request(request)
                 return
-        super().process_request(request, client_address)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self.open.release()
+            self.shutdown_request(request)
 
     def _make_room(self) -> None:
         while self.waiting:
@@ -552,10 +556,11 @@ class Api:
     def post_job(self, request: Request, name: str) -> Response:
         query = request.query("wait", "full")
         wait, full = seconds(query, "wait"), flag(query, "full")
-        job = self._new_job(name, read_json(request.body) if request.body else {}, idempotency_key(request), "")
+        key = idempotency_key(request)
+        job = self._new_job(name, read_json(request.body) if request.body else {}, key, "")
         self._check_workers()
         (id_,) = self._do(store.add, [job], time.time())
-        if not wait and not full:
+        if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
         row = self._wait(id_, wait)
         return Response(as_json(self.show(row) if full else job_json(id_, name, row["state"])))
@@ -756,10 +761,13 @@ class Api:
             offset = yield from self._read_log(job, attempt, offset)
             if changed is None or row["attempt"] > attempt:
                 return
-            while not changed.done():
-                yield b""  # is the reader still there?
-                with contextlib.suppress(TimeoutError):
-                    changed.result(FOLLOW_CHECK_SECONDS)
+            try:
+                while not changed.done():
+                    yield b""  # is the reader still there?
+                    with contextlib.suppress(TimeoutError):
+                        changed.result(FOLLOW_CHECK_SECONDS)
+            finally:
+                changed.cancel()
 
     # Workers, events, health
 
@@ -953,7 +961,7 @@ class Events:
     def stream(self, last_id: int | None) -> Iterator[bytes]:
         """Give events from after `last_id`, for ever; b"" now and then. Ids go on growing across server starts."""
         position = self._ticks[-1].id
-        yield event("stats", self._ticks[-1].stats, position)
+        yield event("stats", self._ticks[-1].stats, None if last_id else position)
         if last_id is not None and self._ticks[0].id <= last_id <= position:
             position = last_id
         elif last_id is not None:

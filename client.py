@@ -85,9 +85,9 @@ ENGINE_RETRY_SECONDS = 1
 ENGINE_PATIENCE_SECONDS = 30
 OOM_SECONDS = 0.5
 KILLED = 137
+NOT_STARTED = 125
 SWEEP_SECONDS = 30
 REMOVE_AT_ONCE = 100
-CLOSE_REPLACED = 4001
 UNREACHABLE = re.compile("cannot connect to the docker daemon|error during connect|connection refused", re.IGNORECASE)
 
 log = logging.getLogger("worker")
@@ -324,7 +324,11 @@ class Connection:
         batch: list[protocol.FromWorker] = []
         size = 0
         while self._outbox and size < BATCH_BYTES:
+            if isinstance(self._outbox[0], Hello) and batch:  # a Hello has a frame of its own
+                break
             message = self._outbox.popleft()
+            if isinstance(message, Hello):
+                return protocol.encode(message)
             size += len(message.data) if isinstance(message, Log) else 100
             batch.append(message)
         return protocol.encode_batch(batch)
@@ -360,9 +364,11 @@ class Worker:
         for task in going_on:
             task.cancel()
         await asyncio.gather(*going_on, return_exceptions=True)
-        for task in finished:
-            task.result()
-        await self._remove_settled()
+        try:
+            for task in finished:
+                task.result()
+        finally:
+            await self._remove_settled()
         return 0
 
     async def _keep_connected(self) -> None:
@@ -412,7 +418,7 @@ class Worker:
                 await asyncio.gather(writing, return_exceptions=True)
 
     def _explain_close(self, error: ConnectionClosed) -> None:
-        if error.rcvd and error.rcvd.code == CLOSE_REPLACED:
+        if error.rcvd and error.rcvd.code == protocol.CLOSE_REPLACED:
             raise FatalError(f"another worker named {self.name} connected; give each a --name of its own")
         if error.rcvd and error.rcvd.reason:
             log.warning("the server closed the connection: %s", error.rcvd.reason)
@@ -422,7 +428,7 @@ class Worker:
         server_id = response.headers.get(protocol.SERVER_HEADER) if response else None
         server_id = server_id or f"version-1-{self.options.uri}"
         if server_id != self.server_id:
-            for job in list(self.jobs.values()):
+            for job in list(self.jobs.values()) if self.server_id else ():
                 log.warning("job %d: another server is there now; letting it go", job.id)
                 self._let_go(job)
             self.server_id = server_id
@@ -436,6 +442,8 @@ class Worker:
             self._say_hello()
         for job in list(self.jobs.values()):
             job.output.resend()
+            if connection.version == 1:  # it says no Logged
+                self._go_on(job, 0)
 
     def _say_hello(self) -> None:
         held = [(*job.key, {"asked": "assigned"}.get(job.state, job.state)) for job in self.jobs.values()]
@@ -554,6 +562,9 @@ class Worker:
     def _end(self, job: Job, result: JobSuccess | JobFailure) -> None:
         job.state, job.result = "finished", result
         job.ended.set()
+        if self.jobs.get(job.key) is not job:  # let go meanwhile
+            self._to_remove[job.container] = None
+            return
         log.debug("job %d (%s), attempt %d: %s", job.id, job.name, job.attempt, result)
         self._report(job)
         self._ask()
@@ -597,7 +608,12 @@ class Worker:
             code = await self.docker.run(command, output)
         finally:
             drain()
-        if job.key in self.jobs:
+        if code == NOT_STARTED and config["image"] in self.images and not await self.docker.has_image(config["image"]):
+            self.images.discard(config["image"])  # somebody removed it since the last job
+            job.output.read_again()
+            await self._run_container(job, config, command)
+            return
+        if self.jobs.get(job.key) is job:
             await self._conclude(job, config["image"], code)
         else:  # let go meanwhile, perhaps before there was a container to remove
             self._to_remove[job.container] = None
@@ -759,10 +775,9 @@ class Worker:
             self._start(job, self._adopt(job))
 
     async def _adopt(self, job: Job) -> None:
-        state = await self.docker.state(job.container)
-        if state:
-            job.started = time.monotonic() - seconds_since(str(state.get("StartedAt")))
         try:
+            state = await self.docker.state(job.container) or {}
+            job.started = time.monotonic() - seconds_since(str(state.get("StartedAt")))
             await self._follow(job)
             await self._conclude(job, self._config(job).get("image", ""), None)
         except EngineAway as error:
@@ -797,7 +812,7 @@ class Worker:
             for job in list(self.jobs.values()):
                 if job.state == "running":
                     timeout = self._config(job).get("timeout")
-                    if timeout and job.started and time.monotonic() > job.started + timeout:
+                    if timeout and job.started and time.monotonic() > job.started + float(timeout):
                         self._stop(job, "timeout")
                     # A flood is thinned out here: the rest of its middle never leaves this machine.
                     if self.connection and self.connection.version == 2 and not self.connection.busy:
@@ -1101,7 +1116,10 @@ def main() -> int:
         return asyncio.run(Worker(options, name).run())
     except FatalError as error:
         log.critical("%s", error)
-    return 1
+    except Exception as error:
+        log.critical("internal error", exc_info=error)
+    logging.shutdown()
+    os._exit(1)  # a thread may sit in docker run for hours; the containers run on and are found again
 
 
 if __name__ == "__main__":

@@ -94,13 +94,12 @@ class JobConfig:
     @property
     def needs_version_2(self) -> bool:
         """Whether its worker must know more of it than name, image and one command string."""
-        always_sets = any(spec.required or spec.default is not None for spec in self.parameters.values())
         many_words = isinstance(self.command, tuple) and len(self.command) > 1
-        return always_sets or many_words or not self.to_wire().keys() <= _VERSION_1_KEYS
+        return many_words or not self.to_wire().keys() <= _VERSION_1_KEYS
 
 
 _UNSET = asdict(JobConfig(name="", image=""))
-_VERSION_1_KEYS = {"command", "image", "name", "retries", "retry_delay", "concurrency", "priority", "parameters"}
+_VERSION_1_KEYS = {"command", "image", "name", "retries", "retry_delay", "concurrency", "priority"}
 
 
 def load_jobs(path: str | Path) -> tuple[JobConfig, ...]:

@@ -43,7 +43,8 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
   Life of a connection: the server's answer to the opening handshake has its identity in the header Jobworker-Server.
   The worker says Hello; the server sends JobConfigs, Logged for each attempt it wants and Settled for each it does not.
   The worker sends again what was not answered: JobRunning of what waits to start, the log from the
-  offset in Logged and the result of what has finished. Every message may be sent twice without harm.
+  offset in Logged and the result of what has finished. Every message may be sent twice without harm. A Hello has a
+  frame of its own. The newest connection of a name wins: the older is closed with code 4001, and its worker ends.
 
       Enqueue ──▶ JobRunning ──▶ Go ──▶ (container runs; Log …) ──▶ JobSuccess or JobFailure ──▶ Settled
 """
@@ -58,6 +59,7 @@ from typing import Any
 VERSION = "1.0.0"  # of jobworker
 VERSION_2 = "jobworker.2"
 SERVER_HEADER = "Jobworker-Server"
+CLOSE_REPLACED = 4001
 MAX_JOB_ID = 2**31 - 1
 MAX_LOG_OFFSET = 2**62
 

@@ -72,7 +72,6 @@ PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
 MAX_RETRY_DELAY_SECONDS = 3_600
 
-CLOSE_REPLACED = 4001
 VERSION_1_PREFIX = "version-1-"
 
 log = logging.getLogger("server")
@@ -232,8 +231,11 @@ class Dispatcher:
                 async for data in socket:
                     messages = protocol.decode_from_worker(data, worker.protocol_version)
                     if messages and isinstance(messages[0], Hello):
-                        if messages[0].name != worker.name:
-                            raise protocol.ProtocolError("a second Hello must have the first one's name")
+                        if messages[0].name != worker.name or len(messages) > 1:
+                            raise protocol.ProtocolError(
+                                "a second Hello must have the first one's name, and no company"
+                            )
+                        worker.slots = messages[0].slots  # no claim by the old ones may follow
                         worker = await self._attach(socket, messages[0])
                     else:
                         self._receive(worker, messages)
@@ -248,7 +250,10 @@ class Dispatcher:
             pass  # reported by _detach, or by the store
 
     def _attach(self, socket: ServerConnection, hello: Hello) -> "asyncio.Future[Worker]":
-        # Its callback comes in the order of the commits, so no claim for this worker can fall between.
+        for id_, away in self.away.items():
+            if away.name == hello.name:  # its grace must not end while it is being attached
+                self.away[id_] = Away(away.name, time.monotonic() + self.grace)
+        # Its callback comes in the order of the commits: what is claimed for this worker later, it is sent.
         attached: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         callback = functools.partial(self._attached, socket, hello, attached)
         self.store.tell(callback, store.attach, hello.name, hello.jobs, time.time(), self.configs.retry_delay)
@@ -280,7 +285,7 @@ class Dispatcher:
         if old and old.socket is not worker.socket:
             log.warning("worker %s: a newer connection of that name takes over", worker.name)
             old.send(*(Settled(*job) for job in old.jobs.items() if job not in worker.jobs.items()))
-            self._close(old, CLOSE_REPLACED, "a newer connection of this name took over")
+            self._close(old, protocol.CLOSE_REPLACED, "a newer connection of this name took over")
 
     async def _hello(self, socket: ServerConnection) -> Hello:
         if socket.subprotocol != VERSION_2:

@@ -117,7 +117,8 @@ READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job INDEXE
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes FROM job
     WHERE {_ACTIVE} AND worker = ?"""
-EXPECTED_WORKERS = "SELECT id, name FROM worker WHERE expected = 1"
+EXPECTED_WORKERS = f"""SELECT id, name FROM worker
+    WHERE expected = 1 OR id IN (SELECT worker FROM job WHERE {_ACTIVE})"""
 CLAIM = "UPDATE job SET state = :to_state, worker = :worker, attempt = :attempt WHERE id = :id AND state = :from_state"
 START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
 _ENDED = "RETURNING id, name, state, created_at, started_at, finished_at"
@@ -224,6 +225,7 @@ class Database:
     unpublished: set[int] = field(default_factory=set)
     # of the transaction that runs
     first_id: int = 0
+    published: bool = False
     moved: Counter[str] = field(default_factory=Counter)
     changed: set[int] = field(default_factory=set)
     ready: bool = False
@@ -244,13 +246,13 @@ class Database:
 
     def begin(self) -> None:
         self.moved, self.changed, self.ready, self.finished = Counter(), set(), False, []
-        self.first_id = self.last_id
+        self.first_id, self.published = self.last_id, False
         self.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
         self.execute("COMMIT")
         self.counts.update(self.moved)
-        self.unpublished |= self.changed
+        self.unpublished = self.changed if self.published else self.unpublished | self.changed
 
     def rollback(self) -> None:
         self.last_id = self.first_id
@@ -331,6 +333,9 @@ class Store:
     def _commit(self, group: list[_Request], alone: bool = False) -> bool:
         """Run a group in one transaction and hand out the results; False: it failed and nothing of it happened."""
         database = self._database
+        if self.broken:
+            self._hand_out(group, [StoreError(self.error)] * len(group))
+            return True
         try:
             database.begin()
             before = database.connection.total_changes
@@ -339,9 +344,10 @@ class Store:
         except Exception as error:  # noqa: BLE001 - whatever it was, it must not end the one thread that can write
             with contextlib.suppress(sqlite3.Error):
                 database.rollback()
-            if alone:
-                self._hand_out(group, [self._failure(error)])
-            return False
+            failure = self._failure(error)
+            if alone or self.broken:
+                self._hand_out(group, [failure] * len(group))
+            return alone or self.broken
         if self.error and database.connection.total_changes > before:
             self.error = None
         self._hand_out(group, results)
@@ -678,8 +684,8 @@ def attempts(db: Database, job: int) -> list[sqlite3.Row]:
 
 def news(db: Database) -> tuple[set[int], float | None]:
     """The ids of the jobs that changed since the last call, and oldest_ready."""
-    changed, db.unpublished = db.unpublished, set()
-    return changed, oldest_ready(db)
+    db.published = True
+    return set(db.unpublished), oldest_ready(db)
 
 
 def oldest_ready(db: Database) -> float | None:
@@ -734,6 +740,8 @@ def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
     """The byte offset at which the last `lines` lines of an attempt's output begin."""
     offset, wanted, last = 0, lines, True
     for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
+        if not lines:
+            return int(offset) + len(data)
         end: int = len(data)
         if last and data.endswith(b"\n"):
             end -= 1

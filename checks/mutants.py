@@ -179,7 +179,7 @@ MUTANTS = (
     Mutant(
         "the log after a new connection",
         "client.py",
-        "Promise05",
+        "Promise05 or next_connection",
         "            job.output.resend()\n",
         "            pass\n",
     ),

@@ -427,8 +427,7 @@ class TestWire:
 
     @pytest.mark.parametrize(
         "keys", ["command: a b", "command: [a b]", "priority: 5", "retries: 2\nretry_delay: 2s", "concurrency: 1",
-                 "command: a\nretries: 1\nretry_delay: 2\nconcurrency: 1\npriority: 1\nparameters: {A: }",
-                 "parameters: {A: , B: {pattern: x}}", "init: false", "pull_policy: missing"]
+                 "command: a\nretries: 1\nretry_delay: 2\nconcurrency: 1\npriority: 1", "init: false", "pull_policy: missing"]
     )  # fmt: skip
     def test_a_version_1_worker_can_run_what_only_the_server_sees_to(self, keys: str, tmp_path: Path) -> None:
         assert not job_of(keys, tmp_path).needs_version_2
