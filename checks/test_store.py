@@ -3,6 +3,7 @@
 import random
 import re
 import shutil
+import sqlite3
 import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -493,3 +494,51 @@ class TestDurability:
         settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
         connection.close()
         assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
+
+
+class TestGroups:
+    """What shares a transaction with a function that fails loses nothing by it."""
+
+    def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path / "jobs.db"))
+        (job,) = store.do(store_module.add, [NewJob("once")], 0.0).result()
+
+        def news_then_fail(db: store_module.Database) -> None:
+            store_module.news(db)
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            store.do(news_then_fail).result()
+        assert store.do(store_module.news).result() == ({job}, 0.0)
+        assert store.do(store_module.news).result() == (set(), 0.0)
+        store.close()
+
+    def test_a_database_that_failed_takes_nothing_more(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path / "jobs.db"))
+
+        def fail(_db: store_module.Database) -> None:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+
+        for function in (fail, store_module.probe):
+            with pytest.raises(store_module.StoreError):
+                store.do(function, *[0.0] * (function is store_module.probe)).result()
+        assert store.broken
+        store.close()
+
+
+class TestLogTail:
+    """Where the last lines of a log begin."""
+
+    @pytest.mark.parametrize(("lines", "offset"), [(0, 8), (1, 6), (2, 3), (3, 0), (9, 0)])
+    def test_it_counts_from_the_end(self, tmp_path: Path, lines: int, offset: int) -> None:
+        store = Store(str(tmp_path / "jobs.db"))
+        worker, _ = store.do(store_module.attach, "w", (), 0.0, retry_delay).result()
+        (job,) = store.do(store_module.add, [NewJob("once")], 0.0).result()
+        store.do(store_module.claim, [Offer(worker, 1, frozenset({"once"}))], {}).result()
+        store.do(store_module.start, worker, job, 1, 0.0).result()
+        for start, data in ((0, b"ab\ncd"), (5, b"\nef")):
+            store.do(store_module.append_log, worker, job, 1, start, data).result()
+        assert store.do(store_module.tail_offset, job, 1, lines).result() == offset
+        store.close()
