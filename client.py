@@ -812,7 +812,7 @@ class Worker:
             for job in list(self.jobs.values()):
                 if job.state == "running":
                     timeout = self._config(job).get("timeout")
-                    if timeout and job.started and time.monotonic() > job.started + float(timeout):
+                    if timeout and job.started and time.monotonic() > job.started + timeout:
                         self._stop(job, "timeout")
                     # A flood is thinned out here: the rest of its middle never leaves this machine.
                     if self.connection and self.connection.version == 2 and not self.connection.busy:

@@ -291,6 +291,9 @@ def _check_config(config: object, version: int) -> None:
         raise ProtocolError("a config is not an object")
     _field(config, "name", str)
     _field(config, "image", str)
+    for key in ("timeout", "pull_timeout", "stop_grace_period"):
+        if version > 1 and not isinstance(config.get(key, 0), int | float):
+            raise ProtocolError(f"{key!r} must be a number of seconds")
     command = config.get("command")
     if version > 1 and isinstance(command, list):
         if not all(isinstance(word, str) for word in command):

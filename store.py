@@ -209,7 +209,6 @@ class Held(NamedTuple):
 
     id: int
     attempt: int
-    state: str
     log_bytes: int
     cancelling: bool
 
@@ -580,7 +579,7 @@ def attach(
     for row in db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall():
         key = row["id"], row["attempt"]
         if key in kept:
-            wanted.append(Held(*key, row["state"], row["log_bytes"], bool(row["cancelling"])))
+            wanted.append(Held(*key, row["log_bytes"], bool(row["cancelling"])))
         else:
             _lose(db, row, now, retry)
     return worker, wanted

@@ -436,7 +436,8 @@ class TestWire:
     @pytest.mark.parametrize(
         "keys", ["command: [a, b]", "entrypoint: a", "environment: [A]", "volumes: [/a]", "init: true", "timeout: 1s",
                  "tags: [a]", "options: --init", "pull_policy: never", "pull_timeout: 1s", "labels: [a]", "user: a",
-                 "parameters: {A: }", "parameters: {A: {required: true}}", "parameters: {A: {default: ''}}", "stop_grace_period: 0"]
+                 "parameters: {A: }", "parameters: {A: {required: true}}", "parameters: {A: {default: ''}}",
+                 "stop_grace_period: 0"]
     )  # fmt: skip
     def test_a_version_1_worker_cannot_run_what_it_cannot_be_told(self, keys: str, tmp_path: Path) -> None:
         assert job_of(keys, tmp_path).needs_version_2
