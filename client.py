@@ -84,6 +84,7 @@ STOP_GRACE_SECONDS = 10
 ENGINE_RETRY_SECONDS = 1
 ENGINE_PATIENCE_SECONDS = 30
 OOM_SECONDS = 0.5
+CREATED_SECONDS = 0.5
 KILLED = 137
 NOT_STARTED = 125
 SWEEP_SECONDS = 30
@@ -286,9 +287,9 @@ class Docker:
             if job.isdecimal() and attempt.isdecimal()
         ]
 
-    async def remove(self, containers: list[str]) -> bool:
-        """Remove containers, running or not, with their anonymous volumes; whether all are gone."""
-        code, _out, err = await self("rm", "--force", "--volumes", *containers)
+    async def remove(self, containers: list[str], force: bool = True) -> bool:
+        """Remove containers with their anonymous volumes, running ones only by force; whether all are gone."""
+        code, _out, err = await self("rm", *["--force"] * force, "--volumes", *containers)
         return code == 0 or (code > 0 and all("no such container" in line.lower() for line in err.splitlines()))
 
 
@@ -707,8 +708,9 @@ class Worker:
         if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
             await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
             state = await self.docker.state(job.container)
-        if state and state.get("Status") == "created":  # a request to start it may still be on its way
-            await self.docker.remove([job.container])
+        if state and state.get("Status") == "created" and not await self._never_starts(job.container):
+            await self._conclude(job, image, None)
+            return
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self.docker.has_image(image):
             self.images.discard(image)
@@ -763,16 +765,27 @@ class Worker:
     async def _recover(self, version: int) -> None:
         """Find this worker's containers of this server: adopt what runs, report what ended, remove the rest."""
         await asyncio.to_thread(end_orphans, self._labels)
-        for id_, attempt, state, container, name in await self.docker.containers(self._labels):
-            if version == 1 or state == "created":  # a surviving `docker run` might start it yet
+        found = await self.docker.containers(self._labels)
+        created = [container for _id, _attempt, state, container, _name in found if state == "created"]
+        never_start = await asyncio.gather(*map(self._never_starts, created))
+        gone = {container for container, never in zip(created, never_start, strict=True) if never}
+        for id_, attempt, state, container, name in found:
+            if version == 1:
                 await self.docker.remove([container])
-                continue
-            if (id_, attempt) in self.jobs:
+            if version == 1 or container in gone or (id_, attempt) in self.jobs:
                 continue
             job = Job(id_, attempt, name, container)
             self.jobs[job.key] = job
             log.info("job %d: found its container, %s", id_, state)
             self._start(job, self._adopt(job))
+
+    async def _never_starts(self, container: str) -> bool:
+        """Remove a container that was only created; False where it has started, as one whose start was under way."""
+        await asyncio.sleep(CREATED_SECONDS)
+        state = await self.docker.state(container)
+        if state and state.get("Status") != "created":
+            return False
+        return await self.docker.remove([container], force=False)
 
     async def _adopt(self, job: Job) -> None:
         try:

@@ -170,8 +170,8 @@ MUTANTS = (
         "what was only created",
         "client.py",
         "between_the_creation_and_the_start",
-        'version == 1 or state == "created"',
-        "version == 1",
+        "if version == 1 or container in gone or (",
+        "if version == 1 or (",
     ),
     Mutant(
         "the floor of the backoff", "client.py", "frenzy", "BACKOFF_FLOOR_SECONDS = 0.25", "BACKOFF_FLOOR_SECONDS = 0.0"
