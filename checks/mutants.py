@@ -163,8 +163,8 @@ MUTANTS = (
         "the sweep at the start",
         "client.py",
         "adopts or meanwhile",
-        "container, name in await self.docker.containers(self._labels):",
-        "container, name in ():",
+        "        found = await self.docker.containers(self._labels)\n",
+        "        found: list[tuple[int, int, str, str, str]] = []\n",
     ),
     Mutant(
         "what was only created",
