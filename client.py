@@ -836,9 +836,10 @@ class Worker:
         """First signal: take no new job, finish what runs. Second: leave at once; the containers run on."""
         if self.draining:
             running = [job.container for job in self.jobs.values() if job.state == "running"]
-            log.warning("leaving; these containers run on and are found again: %s", ", ".join(running) or "none")
+            if running:
+                log.warning("leaving; these containers run on and are found again: %s", ", ".join(running))
             logging.shutdown()
-            os._exit(1)  # a thread may sit in docker run for hours
+            os._exit(bool(running))  # a thread may sit in docker run for hours
         self.draining = True
         for job in [job for job in self.jobs.values() if job.state == "assigned"]:
             del self.jobs[job.key]
