@@ -16,6 +16,7 @@ import py_compile
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -1071,6 +1072,11 @@ class TestFrames:
     def test_a_message_never_changes(self, kind: Any) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(SAMPLES[kind], dataclasses.fields(kind)[0].name, 2)
+
+    def test_a_batch_within_a_batch_is_a_protocol_error(self) -> None:
+        inner = b"\x1f" + struct.pack(">I", 5) + b"\x01\x00\x00\x00\x01"
+        with pytest.raises(protocol.ProtocolError, match="another batch"):
+            protocol.decode_from_worker(b"\x1f" + struct.pack(">I", len(inner)) + inner, 2)
 
 
 SAMPLES: dict[Any, Any] = {
@@ -2766,6 +2772,19 @@ class TestPromise03AtMostOnce:
             relay.dead = False
             until(lambda: server.get("/api/workers"), 35)
             assert relay.dials >= 2
+
+    def test_a_killed_docker_inspect_costs_nothing(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server)
+        job = server.sh(f"until [ -e {stage.folder}/go ]; do sleep 0.02; done; echo after; exit 6")
+        until(lambda: stage.docker.starts(job) == 1)
+        stage.docker.delay("inspect", 0.5)
+        os.kill(stage.docker.clients(job)[0], signal.SIGKILL)
+        until(lambda: stage.docker.calls("inspect"))
+        os.kill(stage.docker.calls("inspect")[0], signal.SIGKILL)
+        (stage.folder / "go").touch()
+        ended = server.ended(job)
+        assert (ended["exit_code"], ended["reason"], server.log(job)) == (6, "exit", b"after\n")
 
 
 class TestPromise04Results:

@@ -542,3 +542,24 @@ class TestLogTail:
             store.do(store_module.append_log, worker, job, 1, start, data).result()
         assert store.do(store_module.tail_offset, job, 1, lines).result() == offset
         store.close()
+
+
+class TestLogLimit:
+    """The head and the tail of a log are kept."""
+
+    def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(self, tmp_path: Path) -> None:
+        jobs = Store(str(tmp_path / "jobs.db"))
+        jobs.do(store_module.add, [store_module.NewJob("a")], 1.0).result()
+        worker, _ = jobs.do(store_module.attach, "w", [], 1.0, lambda *_: None).result()
+        jobs.do(store_module.claim, [store_module.Offer(worker, 1, frozenset("a"))], {}).result()
+        assert jobs.do(store_module.start, worker, 1, 1, 1.0).result()
+        piece = 65536
+        for number in range(40):
+            jobs.do(store_module.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
+        kept, offset = b"", 0
+        while pieces := jobs.do(store_module.read_log, 1, 1, offset).result():
+            offset = pieces[-1][0] + len(pieces[-1][1])
+            kept += b"".join(data for _start, data in pieces)
+        assert len(kept) <= store_module.LOG_HEAD_BYTES + store_module.LOG_TAIL_BYTES + piece
+        assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), 40 * piece)
+        jobs.close()
