@@ -2233,6 +2233,14 @@ class TestVersion2Worker:
             worker.send(protocol.JobSuccess(job, again.attempt))
             assert server.ended(job)["success"]
 
+    def test_an_unstarted_job_does_not_wait_for_the_grace(self, stage: Stage) -> None:
+        server = stage.server("--hold", "--grace", "60")
+        job = server.post("quick")
+        with ScriptedWorker(server, "w") as worker:
+            worker.next(protocol.Enqueue)
+        with ScriptedWorker(server, "other") as worker:
+            assert worker.next(protocol.Enqueue).job == job
+
     def test_an_unstarted_job_of_a_lost_worker_is_queued_again_after_the_servers_death(self, server: Server) -> None:
         job = server.post("a")
         with ScriptedWorker(server, "w") as worker:
