@@ -2233,6 +2233,18 @@ class TestVersion2Worker:
             worker.send(protocol.JobSuccess(job, again.attempt))
             assert server.ended(job)["success"]
 
+    def test_a_running_job_has_its_whole_grace_after_a_restart_of_the_server(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        job = server.post("quick")
+        with ScriptedWorker(server, "w") as worker:
+            worker.runs()
+            server.kill()
+        server.start()
+        assert server.get(f"/api/jobs/{job}?wait=1")["state"] == "running"
+        with ScriptedWorker(server, "w", jobs=((job, 1, "running"),)) as worker:
+            worker.send(protocol.JobSuccess(job, 1))
+            assert server.ended(job)["success"]
+
     def test_an_unstarted_job_does_not_wait_for_the_grace(self, stage: Stage) -> None:
         server = stage.server("--hold", "--grace", "60")
         job = server.post("quick")
