@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -384,13 +385,16 @@ def responses(data: bytes) -> list[int]:
     return statuses
 
 
-def answer_to(server: Server, data: bytes) -> bytes:
-    """All that is answered to a request and the end of the stream behind it; TimeoutError where that takes long."""
+def answer_to(server: Server, data: bytes, patience: float = 0.01) -> bytes:
+    """All that is answered to a request and the end of the stream behind it; TimeoutError where that takes long.
+
+    patience: how many seconds a handshake is given before its stream ends, which ends it.
+    """
     with socket.create_connection(("127.0.0.1", server.port), timeout=15) as peer:
         with contextlib.suppress(ConnectionError):
             peer.sendall(data)
             if b"/runner" in data:
-                time.sleep(0.01)  # the end of its stream ends a handshake
+                select.select([peer], [], [], patience)
             peer.shutdown(socket.SHUT_WR)
         return read_to_end(peer)
 
@@ -434,7 +438,7 @@ class TestRawRequests:
         for request in REQUESTS:
             clear, more = clear_requests(request)
             assert (len(clear), more) == (1, False)
-            assert len(responses(answer_to(server, request))) == 1, request
+            assert len(responses(answer_to(server, request, patience=10))) == 1, request
 
     def test_the_reader_of_this_test_sees_what_would_be_smuggled(self) -> None:
         clear, more = clear_requests(head(b"POST /api/jobs/quick", b"Content-Length: 0") + SMUGGLED)
