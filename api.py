@@ -943,7 +943,6 @@ class Events:
 
     def __init__(self, store_: Store) -> None:
         self.store = store_
-        self.listeners = 0
         self._condition = threading.Condition()
         self._ticks: deque[Tick] = deque([Tick(int(time.time() * 1000), frozenset(), [], {})], maxlen=RING_TICKS)
         self._rendering = threading.Lock()
