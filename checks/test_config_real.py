@@ -185,7 +185,7 @@ class TestRealContainers:
 
     def test_options_reach_docker_run(self, run: Runner) -> None:
         container = run("command: sh -c 'hostname; touch /x'\noptions: --hostname forge --read-only --tmpfs /tmp")
-        assert container.output.startswith("forge\n")
+        assert "forge\n" in container.output
         assert "Read-only" in container.output
 
     def test_every_container_has_a_bounded_log(self, run: Runner) -> None:
