@@ -37,6 +37,7 @@ bench: .venv/ready-dev ## how fast it is on this machine, beside what else does 
 	@$(WITH_ENGINE) $(BIN)/python checks/bench.py $(ARGS)
 
 bench-peers: .venv/ready-dev ## the same work by rq, celery, dramatiq and huey, installed in a folder of their own
+	@command -v redis-server >/dev/null || $(PYTHON) checks/packages.py redis-server
 	@$(BIN)/python checks/bench.py --peers $(ARGS)
 
 chaos: .venv/ready-dev ## kill everything again and again and count the promises

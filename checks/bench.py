@@ -803,7 +803,7 @@ if __name__ == "__main__":
         peer.send(sys.argv[1])
 """
 PEERS = {
-    "rq": ["rq", "worker", "--quiet", "--url", "redis://127.0.0.1:{port}"],
+    "rq": ["rq", "worker-pool", "--quiet", "--num-workers=4", "--url=redis://127.0.0.1:{port}"],
     "celery": ["celery", "--app=peer", "worker", "--concurrency=4", "--loglevel=error"],
     "dramatiq": ["dramatiq", "peer", "--processes=2", "--threads=4"],
     "huey": ["huey_consumer", "peer.huey", "--workers=8", "--quiet"],
@@ -813,7 +813,7 @@ PEERS = {
 def peers(bench: Bench) -> list[Figure]:
     """rq, celery, dramatiq and huey with the same work, as usual and with fsync at every write."""
     if shutil.which("redis-server") is None:
-        raise SkippedError("redis-server is missing: apt-get install redis-server")
+        raise SkippedError("there is no redis-server: make bench-peers installs one")
     venv = bench.folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
     pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--quiet", "--disable-pip-version-check"]
@@ -830,7 +830,7 @@ def peers(bench: Bench) -> list[Figure]:
         servers[1].post_list(counts[1])
         figures[1].add(bench.beside(answer_at_once, servers[1].port, 64, counts[1]).result())
         for (library, work, fsync), figure in others.items():
-            figure.add(peer_rate(bench, library, work, fsync, bench.count(400 if library == "rq" else 2_000)))
+            figure.add(peer_rate(bench, library, work, fsync, bench.count(1_000 if library == "rq" else 4_000)))
     empty = [figure for (_library, work, _fsync), figure in others.items() if work == "empty"]
     no_op = [figure for (_library, work, _fsync), figure in others.items() if work == "no-op"]
     return [figures[0], *empty, figures[1], *no_op]
