@@ -142,7 +142,8 @@ class Server:
 
 def started(bench: "Bench", command: list[str], log: Path, text: str) -> tuple["subprocess.Popen[bytes]", str]:
     """Start a Python program of ours; give its process once a line of its log holds `text`, and that line."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JOBWORKER_")}
+    ours = ("JOBWORKER_", "PYTHON")  # as PYTHONDONTWRITEBYTECODE, which has it compile everything at each start
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=output)
