@@ -207,7 +207,7 @@ class Dispatcher:
         self.away: dict[int, Away] = {}
         self.changed_workers: dict[int, dict[str, Any]] = {}
         self.store: Store
-        self.has_room = False  # whether a commit that makes jobs ready is worth waking for; read by the store's thread
+        self.offers: dict[int, Offer] = {}
         self._claiming = False
         self._claim_again = False
         self._closing: set[asyncio.Future[None]] = set()
@@ -235,7 +235,8 @@ class Dispatcher:
                             raise protocol.ProtocolError(
                                 "a second Hello must have the first one's name, and no company"
                             )
-                        worker.slots = messages[0].slots  # no claim by the old ones may follow
+                        worker.slots = messages[0].slots
+                        self._note(worker)  # no claim by the old ones may follow
                         worker = await self._attach(socket, messages[0])
                     else:
                         self._receive(worker, messages)
@@ -357,6 +358,7 @@ class Dispatcher:
         if self.workers.get(worker.id) is not worker:
             return
         del self.workers[worker.id]
+        self.offers.pop(worker.id, None)
         self.changed_workers[worker.id] = worker.as_json(connected=False)
         log.info("worker %s disconnected, %d jobs held", worker.name, len(worker.jobs))
         leaves = worker.protocol_version == 1 or (
@@ -386,15 +388,9 @@ class Dispatcher:
         if self._claiming:
             self._claim_again = True
             return
-        offers = [
-            Offer(worker.id, free, self.configs.names_for(worker.tags, worker.protocol_version))
-            for worker in self.workers.values()
-            if (free := worker.slots - len(worker.jobs)) > 0
-        ]
-        self.has_room = bool(offers)
-        if offers:
+        if self.offers:
             self._claiming = True
-            self.store.tell(self._claimed, store.claim, offers, self.configs.limits)
+            self.store.tell(self._claimed, store.claim, list(self.offers.values()), self.configs.limits)
 
     def _claimed(self, claims: list[store.Claimed] | Exception) -> None:
         self._claiming = False
@@ -419,10 +415,19 @@ class Dispatcher:
         self.configs = configs
         for worker in self.workers.values():
             worker.send_configs(configs)
+            self._note(worker)
         self.dispatch()
 
     def _note(self, worker: Worker) -> None:
+        """Keep up with what has changed of a worker: its jobs, its slots or what it may run."""
+        if self.workers.get(worker.id) is not worker:
+            return
         self.changed_workers[worker.id] = {}
+        self.offers.pop(worker.id, None)
+        free = worker.slots - len(worker.jobs)
+        if free > 0:
+            names = self.configs.names_for(worker.tags, worker.protocol_version)
+            self.offers[worker.id] = Offer(worker.id, free, names)
 
     def take_changed_workers(self) -> list[dict[str, Any]]:
         """Give the workers that changed since the last call."""
@@ -457,7 +462,7 @@ class Server:
 
     def _deliver(self, commit: store.Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
-        if commit.calls or commit.finished or self.dispatcher.has_room:
+        if commit.calls or commit.finished or self.dispatcher.offers:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self._committed, commit)
 

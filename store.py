@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 TRANSITIONS = {
@@ -484,8 +485,11 @@ def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list
     oldest; fewer than there are slots, or none, where no more may run.
     """
     ready = []
+    slots: Counter[frozenset[str]] = Counter()
+    for offer in offers:
+        slots[offer.names] += offer.free
     for (name,) in db.execute(READY_NAMES).fetchall():
-        room = sum(offer.free for offer in offers if name in offer.names)
+        room = sum(free for names, free in slots.items() if name in names)
         if name in limits:
             room = min(room, limits[name] - db.one(COUNT_ACTIVE, name)[0])
         if room > 0:
@@ -495,18 +499,20 @@ def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list
 
 
 def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Offer]) -> Iterator[Claimed]:
-    free = {offer.worker: offer.free for offer in offers}
-    names = {offer.worker: offer.names for offer in offers}
+    # A heap for each set of names: thousands of jobs and workers would make too many pairs.
+    heaps: dict[frozenset[str], list[tuple[int, float, int]]] = {}
+    for worker, free, names in offers if ready else ():
+        heappush(heaps.setdefault(names, []), (-free, random.random(), worker))
     for job in ready:
-        takers = [worker for worker in free if job["name"] in names[worker]]
+        takers = [heap for names, heap in heaps.items() if heap and job["name"] in names]
         if not takers:
             continue
-        worker = max(takers, key=lambda taker: free[taker] + random.random())
+        heap = min(takers)
+        taken, _, worker = heappop(heap)
+        if taken < -1:
+            heappush(heap, (taken + 1, random.random(), worker))
         attempt = job["attempt"] + 1
         _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
-        free[worker] -= 1
-        if not free[worker]:
-            del free[worker]
         environment = json.loads(job["environment"]) if job["environment"] else {}
         yield Claimed(worker, job["id"], job["name"], attempt, environment)
 

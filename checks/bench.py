@@ -44,7 +44,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, broadcast, serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -336,7 +336,7 @@ def listen(pipe: Any, port: int, paths: list[str]) -> None:
             sockets[descriptor].recv(65536)
 
 
-BATCH, ENQUEUE, GO, SETTLED, RUNNING, SUCCESS = 31, 2, 16, 18, 1, 2
+CONFIGS, BATCH, ENQUEUE, GO, SETTLED, RUNNING = 1, 31, 2, 16, 18, 1
 LENGTH = struct.Struct(">I")
 
 
@@ -367,6 +367,18 @@ def hello(name: str, slots: int) -> bytes:
     return b"\x10" + json.dumps({"name": name, "slots": slots, "tags": [], "version": "0", "jobs": []}).encode()
 
 
+async def answer(server: ClientConnection, frames: list[bytes]) -> None:
+    """Say of each job that it starts, and of each that may start that it has ended."""
+    replies = []
+    for frame in frames:
+        if frame[0] == ENQUEUE:
+            replies.append(b"\x01" + frame[1:5] + b'{"attempt":1}')
+        elif frame[0] == GO:
+            replies.append(b"\x02" + frame[1:5] + b'{"attempt":1,"exit_code":0}')
+    if replies:
+        await server.send(batch(replies))
+
+
 def answer_at_once(pipe: Any, port: int, slots: int, count: int) -> None:
     """A worker whose jobs take no time; send how many a second were settled, from its Hello on."""
 
@@ -375,23 +387,16 @@ def answer_at_once(pipe: Any, port: int, slots: int, count: int) -> None:
             began, settled = time.perf_counter(), 0
             await server.send(hello("scripted", slots))
             while settled < count:
-                replies = []
-                for frame in parts(await server.recv()):
-                    if frame[0] == ENQUEUE:
-                        replies.append(b"\x01" + frame[1:5] + b'{"attempt":1}')
-                    elif frame[0] == GO:
-                        replies.append(b"\x02" + frame[1:5] + b'{"attempt":1,"exit_code":0}')
-                    elif frame[0] == SETTLED:
-                        settled += 1
-                if replies:
-                    await server.send(batch(replies))
+                frames = parts(await server.recv())
+                settled += sum(frame[0] == SETTLED for frame in frames)
+                await answer(server, frames)
             pipe.send(count / (time.perf_counter() - began))
 
     asyncio.run(work())
 
 
 def idle_workers(pipe: Any, port: int, count: int) -> None:
-    """Connect workers that only listen; send the time when all have got JobConfigs, each time that they have."""
+    """Connect workers whose jobs take no time; send the time when all have JobConfigs, each time that they have."""
 
     async def work() -> None:
         got, all_have, places = 0, asyncio.Event(), asyncio.Semaphore(50)
@@ -401,12 +406,13 @@ def idle_workers(pipe: Any, port: int, count: int) -> None:
             async with places:
                 server = await runner(port)
                 await server.send(hello(f"idle-{number_}", 1))
-                await server.recv()
+                frames = parts(await server.recv())
             while True:
-                got += 1
+                got += frames[0][0] == CONFIGS
                 if got % count == 0:
                     all_have.set()
-                await server.recv()
+                await answer(server, frames)
+                frames = parts(await server.recv())
 
         workers = [asyncio.ensure_future(listen_to(number_)) for number_ in range(count)]
         while not any(worker.done() for worker in workers):
@@ -735,6 +741,9 @@ def scale(bench: Bench) -> list[Figure]:
     server = Server(bench, folder=server.folder)
     fill()
     measure(f"and {million} finished")
+    workers = bench.count(1_000)
+    bench.beside(idle_workers, server.port, workers).result()
+    measure(f"and {workers} workers")
     (job,) = server.ask("GET", "/api/jobs?state=queued&limit=1")
     paths = ["/api/events"] * bench.count(200) + [f"/api/jobs/{job['id']}/log?follow=1"] * bench.count(100)
     bench.beside(listen, server.port, paths).result()

@@ -102,8 +102,8 @@ MUTANTS = (
         "concurrency",
         "server.py",
         "than_its_concurrency",
-        "self.store.tell(self._claimed, store.claim, offers, self.configs.limits)",
-        "self.store.tell(self._claimed, store.claim, offers, {})",
+        "list(self.offers.values()), self.configs.limits)",
+        "list(self.offers.values()), {})",
     ),
     Mutant("tags", "server.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
     Mutant(

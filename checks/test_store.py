@@ -5,6 +5,7 @@ import re
 import shutil
 import sqlite3
 import tempfile
+import uuid
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -536,6 +537,30 @@ class TestGroups:
                 store.do(function, *[0.0] * (function is store_module.probe)).result()
         assert store.broken
         store.close()
+
+
+class TestClaim:
+    """Who gets a job: the worker with the most free slots that may take it; among equals, chance decides."""
+
+    def claim(self, tmp_path: Path, free: list[int], names: list[str]) -> list[int]:
+        store = Store(str(tmp_path / f"{uuid.uuid4()}.db"))
+        workers = [store.do(store_module.attach, f"w{n}", (), 0.0, retry_delay).result()[0] for n in range(len(free))]
+        store.do(store_module.add, [NewJob("once")] * 6, 0.0).result()
+        offers = [Offer(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
+        claimed = store.do(store_module.claim, offers, {}).result()
+        store.close()
+        return [workers.index(it.worker) for it in claimed]
+
+    def test_the_most_free_slots_come_first(self, tmp_path: Path) -> None:
+        for _ in range(5):
+            takers = self.claim(tmp_path, [1, 4, 9, 2], ["once", "once other", "other", "once other"])
+            assert takers[:2] == [1, 1]
+            assert sorted(takers[2:4]) == [1, 3]  # both have two left
+            assert sorted(takers[4:]) in ([0, 1], [0, 3], [1, 3])  # of three equals, two
+
+    def test_among_equals_chance_decides(self, tmp_path: Path) -> None:
+        first = {self.claim(tmp_path, [1] * 4, ["once"] * 4)[0] for _ in range(40)}
+        assert len(first) > 1
 
 
 class TestLogTail:
