@@ -111,10 +111,10 @@ class Server:
         self.pid = self.process.pid
         self.port = int(line.rsplit(":", 1)[1])
         self._http = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        self._used = 0.0
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
-        self._http.request(method, path, None if body is None else json.dumps(body))
-        response = self._http.getresponse()
+        response = self._answer(method, path, None if body is None else json.dumps(body))
         text = response.read().decode()
         if response.status != 200:
             raise RuntimeError(f"{method} {path}: {response.status} {text}")
@@ -124,9 +124,16 @@ class Server:
         """Queue `count` jobs by one request; how many seconds that took."""
         body = json.dumps([{"name": name}] * count)
         began = time.perf_counter()
-        self._http.request("POST", "/api/jobs", body)
-        self._http.getresponse().read()
+        self._answer("POST", "/api/jobs", body).read()
         return time.perf_counter() - began
+
+    def _answer(self, method: str, path: str, body: str | None) -> http.client.HTTPResponse:
+        if time.monotonic() > self._used + 20:  # the server ends a connection that is idle for 30 s
+            self._http.close()
+        self._http.request(method, path, body)
+        response = self._http.getresponse()
+        self._used = time.monotonic()
+        return response
 
     def stop(self) -> None:
         self._http.close()
