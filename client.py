@@ -860,7 +860,7 @@ class Worker:
             if running:
                 log.warning("leaving; these containers run on and are found again: %s", ", ".join(running))
             logging.shutdown()
-            os._exit(bool(running))  # a thread may sit in docker run for hours
+            os._exit(bool(running))
         self.draining = True
         for job in [job for job in self.jobs.values() if job.state == "assigned"]:
             del self.jobs[job.key]
@@ -1153,8 +1153,7 @@ def main() -> int:
         log.critical("%s", error)
     except Exception as error:
         log.critical("internal error", exc_info=error)
-    logging.shutdown()
-    os._exit(1)  # a thread may sit in docker run for hours; the containers run on and are found again
+    return 1  # what runs in a container runs on and is found again
 
 
 if __name__ == "__main__":
