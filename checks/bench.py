@@ -12,7 +12,7 @@ Black box: of ours only server.py and client.py are run, as a user would.
     python checks/bench.py --list           what rows there are
     python checks/bench.py --quick          each for a moment, only to see that it runs
     python checks/bench.py --peers          rq, celery, dramatiq and huey with the same work (installed if need be)
-    python checks/bench.py --scale          with a million jobs queued, a million finished, hundreds of listeners
+    python checks/bench.py --scale          with a million queued, a million finished, 1,000 workers, 300 listeners
     python checks/bench.py --long           a million jobs through a worker: what grows meanwhile
 """
 
@@ -68,6 +68,7 @@ class Figure:
     kept: str = ""  # what a power cut leaves
     at_least: float | None = None
     at_most: float | None = None
+    is_limit: bool = False
     samples: list[float] = field(default_factory=list)
 
     def add(self, value: float) -> None:
@@ -84,6 +85,9 @@ class Figure:
         if self.at_most is not None:
             return f"<= {number(self.at_most)} {'ok' if self.median <= self.at_most else 'MISSED'}"
         return ""
+
+
+Limit = functools.partial(Figure, is_limit=True)  # or a peer: what the line of ours before it is compared with
 
 
 def number(value: float) -> str:
@@ -536,7 +540,7 @@ def containers(bench: Bench, slots: int) -> list[Figure]:
     count, server = max(bench.count(5 * slots + 15), slots), Server(bench)
     start_worker(bench, server, slots, "docker")
     ours = Figure(f"{count} containers, {slots} slots, to the last result", "s", STEPS)
-    peer = Figure(f"xargs -P{slots} docker run --rm", "s", NOTHING)
+    peer = Limit(f"xargs -P{slots} docker run --rm", "s", NOTHING)
     ratio = Figure("ours / xargs", "times", at_most=1.03)
     command = ["xargs", f"-P{slots}", "-I{}", "docker", "run", "--rm", "--pull", "never", "busybox", "true"]
     left = ["docker", "ps", "--all", "--quiet", f"--filter=label=jobworker.worker=bench-{server.pid}"]
@@ -556,7 +560,7 @@ def empty_docker(bench: Bench) -> list[Figure]:
     server, count = Server(bench), bench.count(5_000)
     start_worker(bench, server, 8, bench.empty_docker)
     ours = Figure("an empty docker, 8 slots", "jobs/s", STEPS, at_least=4_500)
-    alone = [Figure(f"subprocess.run of it alone, {threads} threads", "runs/s", NOTHING) for threads in (1, 4)]
+    alone = [Limit(f"subprocess.run of it alone, {threads} threads", "runs/s", NOTHING) for threads in (1, 4)]
     command = [bench.empty_docker, "run", "--pull", "never", "--name", "jobworker-00000000-1-1", "busybox", "true"]
     for turn in bench.turns:
         ours.add(count / server.run_jobs(count, turn))
@@ -570,8 +574,8 @@ def protocol_alone(bench: Bench) -> list[Figure]:
     server, slots, count = Server(bench), 64, bench.count(20_000)
     bare_port = bench.beside(bare_websockets).result()
     ours = Figure(f"a worker that answers at once, {slots} slots", "jobs/s", STEPS, at_least=11_000)
-    bare = Figure("the same frames, jobs only counted", "jobs/s", NOTHING)
-    disk = Figure(f"SQLite FULL alone, 3 updates a job, {slots} a group", "jobs/s", "fsync each group")
+    bare = Limit("the same frames, jobs only counted", "jobs/s", NOTHING)
+    disk = Limit(f"SQLite FULL alone, 3 updates a job, {slots} a group", "jobs/s", "fsync each group")
     for _ in bench.turns:
         server.post_list(count)
         ours.add(bench.beside(answer_at_once, server.port, slots, count).result())
@@ -585,8 +589,8 @@ def post(bench: Bench, connections: int, at_least: float) -> list[Figure]:
     server = Server(bench)
     http_port = bench.beside(bare_http).result()
     ours = Figure(f"POST of one job, {connections} connections", "jobs/s", FSYNC, at_least=at_least)
-    front = Figure("ThreadingHTTPServer alone", "answers/s", NOTHING)
-    disk = Figure("SQLite FULL alone, one by one", "commits/s", "fsync each")
+    front = Limit("ThreadingHTTPServer alone", "answers/s", NOTHING)
+    disk = Limit("SQLite FULL alone, one by one", "commits/s", "fsync each")
     for _ in bench.turns:
         for figure, port in ((ours, server.port), (front, http_port)):
             figure.add(bench.beside(post_for, port, connections, bench.seconds(2)).result())
@@ -598,7 +602,7 @@ def post_list(bench: Bench) -> list[Figure]:
     """Many jobs by one request."""
     server, count = Server(bench), bench.count(20_000)
     ours = Figure(f"POST of a list of {count}", "jobs/s", FSYNC, at_least=150_000)
-    disk = Figure("SQLite FULL alone, one transaction", "rows/s", "fsync at the end")
+    disk = Limit("SQLite FULL alone, one transaction", "rows/s", "fsync at the end")
     for _ in bench.turns:
         ours.add(count / server.post_list(count))
         database = open_table(bench)
@@ -614,15 +618,15 @@ def latency(bench: Bench) -> list[Figure]:
     start_worker(bench, server, 4, bench.empty_docker)
     p50 = Figure("POST to final, idle, empty docker: p50", "ms", STEPS, at_most=3)
     p99 = Figure("p99", "ms", STEPS, at_most=10)
-    start = Figure("subprocess.run of it alone: p50", "ms", NOTHING)
-    disk = Figure("4 SQLite FULL commits alone: p50", "ms", "fsync each")
+    start = Limit("subprocess.run of it alone: p50", "ms", NOTHING)
+    disk = Limit("4 SQLite FULL commits alone: p50", "ms", "fsync each")
     for _ in bench.turns:
         times = bench.beside(waits, server.port, count).result()
         p50.add(statistics.median(times))
         p99.add(statistics.quantiles(times, n=100)[98])
         start.add(1_000 / run_alone([bench.empty_docker], 1, bench.seconds(0.5)))
         disk.add(4_000 / sqlite_alone(bench, bench.seconds(0.5)))
-    return [p50, p99, start, disk]
+    return [p50, start, disk, p99]
 
 
 def latency_million(bench: Bench) -> list[Figure]:
@@ -632,7 +636,10 @@ def latency_million(bench: Bench) -> list[Figure]:
     for _ in range(max(queued // 20_000, 1)):
         full.post_list(min(queued, 20_000), "nobody")
     workers = [start_worker(bench, server, 4, bench.empty_docker) for server in servers]
-    figures = [Figure(f"POST to final, {jobs} queued: p50", "ms", STEPS) for jobs in (0, queued)]
+    figures = [
+        Limit("POST to final, 0 queued: p50", "ms", STEPS),
+        Figure(f"POST to final, {queued} queued: p50", "ms", STEPS),
+    ]
     ratio = Figure("the latter / the former", "times", at_most=1.2)
     rss = Figure("memory of its server", "MiB", at_most=100)
     start = Figure("time until it listens", "s", at_most=1)
@@ -653,9 +660,12 @@ def latency_million(bench: Bench) -> list[Figure]:
 def workers_1000(bench: Bench) -> list[Figure]:
     """Many workers with nothing to do."""
     count = bench.count(1_000)
-    per_worker = [Figure(f"{count} idle workers", "KiB each", at_most=25), Figure("websockets alone", "KiB each")]
-    cpu = [Figure("their cpu", "% of a core", at_most=2), Figure("websockets alone", "% of a core")]
-    told = [Figure("JobConfigs to all by SIGHUP", "s", at_most=1), Figure("websockets alone", "s")]
+    per_worker = [
+        Figure(f"{count} idle workers", "KiB each", at_most=25),
+        Limit("websockets alone", "KiB each"),
+    ]
+    cpu = [Figure("their cpu", "% of a core", at_most=2), Limit("websockets alone", "% of a core")]
+    told = [Figure("JobConfigs to all by SIGHUP", "s", at_most=1), Limit("websockets alone", "s")]
     for _ in bench.turns:
         server, bare = Server(bench), bench.beside(bare_websockets)
         sides = [(server.pid, server.port), (bare.pid, bare.result())]
@@ -685,13 +695,16 @@ IMPORTS = "import asyncio,http.server,sqlite3,sys,websockets.asyncio.server,yaml
 
 def idle(bench: Bench) -> list[Figure]:
     """What server and worker cost when there is nothing to do."""
-    start = [Figure("server: time until it listens", "s", at_most=0.3), Figure("the imports alone: time", "s")]
-    rss = [
-        Figure("server: memory", "MiB", at_most=33),
-        Figure("worker: memory", "MiB", at_most=28),
-        Figure("the imports alone: memory", "MiB"),
+    start = [
+        Figure("server: time until it listens", "s", at_most=0.3),
+        Limit("the imports alone: time", "s"),
     ]
-    cpu = [Figure(f"{who}: cpu", "% of a core", at_most=0.3) for who in ("server", "worker")]
+    rss = [
+        Figure("worker: memory", "MiB", at_most=28),
+        Figure("server: memory", "MiB", at_most=33),
+        Limit("the imports alone: memory", "MiB"),
+    ]
+    cpu = [Figure(f"{who}: cpu", "% of a core", at_most=0.3) for who in ("worker", "server")]
     for _ in bench.turns:
         server = Server(bench)
         start[0].add(server.seconds_to_start)
@@ -703,7 +716,7 @@ def idle(bench: Bench) -> list[Figure]:
             bare.stdout.readline()
             start[1].add(time.monotonic() - began)
             time.sleep(bench.seconds(2))
-            pids = (server.pid, worker.pid)
+            pids = (worker.pid, server.pid)
             used = [cpu_seconds(pid) for pid in pids]
             seconds = bench.seconds(10)
             time.sleep(seconds)
@@ -780,7 +793,14 @@ def long(bench: Bench) -> list[Figure]:
         size.add(sum(file.stat().st_size for file in server.folder.glob("jobs.db*")) / MEBI)
         time.sleep(bench.seconds(2))
     rate = Figure(f"{posted} jobs", "jobs/s", STEPS, samples=[posted / (time.perf_counter() - began)])
-    return [rate, *rss, *files, size]
+    return [rate, *(part for figure in (*rss, *files, size) for part in halves(figure))]
+
+
+def halves(figure: Figure) -> list[Figure]:
+    """A figure's samples of the first half of the time, and of the second."""
+    middle = max(len(figure.samples) // 2, 1)
+    parts = {"first half": figure.samples[:middle], "second half": figure.samples[-middle:]}
+    return [Figure(f"{figure.what}, {name}", figure.unit, samples=samples) for name, samples in parts.items()]
 
 
 def descriptors(pid: int) -> int:
@@ -839,7 +859,7 @@ def peers(bench: Bench) -> list[Figure]:
     start_worker(bench, servers[0], 8, bench.empty_docker)
     figures = [Figure(f"ours: {work}", "jobs/s", STEPS) for work in ("the empty program", "no-op jobs")]
     others = {
-        (library, work, fsync): Figure(f"{library}: {work}", "jobs/s", "fsync each write" if fsync else "as usual")
+        (library, work, fsync): Limit(f"{library}: {work}", "jobs/s", "fsync each write" if fsync else "as usual")
         for library in PEERS for work in ("empty", "no-op") for fsync in (False, True)
     }  # fmt: skip
     for turn in bench.turns:
@@ -918,9 +938,8 @@ MORE: dict[str, Callable[[Bench], list[Figure]]] = {"peers": peers, "scale": sca
 def table(name: str, figures: list[Figure]) -> Iterator[str]:
     ours = figures[0]
     for figure in figures:
-        ours = figure if figure.what.startswith("ours") else ours
-        per_second = figure.unit.endswith("/s") and figure is not ours
-        ratio = f"{ours.median / figure.median:.2f}" if per_second else ""
+        ours = ours if figure.is_limit else figure
+        ratio = f"{ours.median / figure.median:.2f}" if figure.is_limit and figure.median else ""
         spread = f"{number(min(figure.samples))} .. {number(max(figure.samples))}"
         yield (
             f"{name if figure is figures[0] else '':<16}{figure.what:<48}{number(figure.median):>8} {figure.unit:<12}"
