@@ -557,7 +557,7 @@ class Api:
         query = request.query("wait", "full")
         wait, full = seconds(query, "wait"), flag(query, "full")
         key = idempotency_key(request)
-        job = self._new_job(name, read_json(request.body) if request.body else {}, key, "")
+        job = self._new_job(name, read_json(request.body) if request.body else {}, key)
         self._check_workers()
         (id_,) = self._do(store.add, [job], time.time())
         if not wait and not full and key is None:
@@ -572,7 +572,7 @@ class Api:
             raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
         key = idempotency_key(request)
         jobs = [
-            self._new_job(item.pop("name", None), item, f"{key}/{number}" if key else None, f"item {number}: ")
+            self._new_job(item.pop("name", None), item, f"{key}/{number}" if key else None, number)
             for number, item in enumerate(items)
         ]
         self._check_workers()
@@ -580,16 +580,17 @@ class Api:
         made = [job_json(id_, job.name, "queued") for id_, job in zip(ids, jobs, strict=True)]
         return Response(as_json(made))
 
-    def _new_job(self, name: object, body: object, key: str | None, where: str) -> NewJob:
-        configs = self.dispatcher.configs
-        config = configs.by_name.get(name) if isinstance(name, str) else None
-        if config is None:
-            known = ", ".join(list(configs.by_name)[:20]) or "none"
-            raise ApiError(
-                HTTPStatus.NOT_FOUND, f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
-            )
-        if body == {} and not config.parameters:
+    def _new_job(self, name: object, body: object, key: str | None, number: int | None = None) -> NewJob:
+        """Give the job that a body asks for; number: of the item in a list, where it is one."""
+        configs = self.dispatcher.configs.by_name
+        config = configs.get(name) if isinstance(name, str) else None
+        if config and body == {} and not config.parameters:
             return NewJob(config.name, {}, config.priority, 0, key)
+        where = "" if number is None else f"item {number}: "
+        if config is None:
+            known = ", ".join(list(configs)[:20]) or "none"
+            detail = f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
+            raise ApiError(HTTPStatus.NOT_FOUND, detail)
         try:
             return self._checked(config, body, key)
         except ValueError as error:
@@ -715,7 +716,7 @@ class Api:
         if row["state"] not in store.FINAL_STATES:
             raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
         body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
-        job = self._new_job(row["name"], body, idempotency_key(request), "")
+        job = self._new_job(row["name"], body, idempotency_key(request))
         self._check_workers()
         (new_id,) = self._do(store.add, [job], time.time())
         return Response(as_json(job_json(new_id, job.name, "queued")))

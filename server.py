@@ -18,6 +18,7 @@ import argparse
 import asyncio
 import contextlib
 import functools
+import gc
 import ipaddress
 import logging
 import os
@@ -702,6 +703,7 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    gc.freeze()  # what is imported stays: no collection has to walk it
     try:
         return asyncio.run(serve(options, jobs))
     except StoreError as error:

@@ -449,16 +449,15 @@ def add(db: Database, jobs: Sequence[NewJob], now: float) -> list[int]:
     Raises Conflict where that key came with another name or environment.
     """
     ids, rows = [], []
-    for job in jobs:
-        environment = json.dumps(job.environment, ensure_ascii=False) if job.environment else None
-        if job.idempotency_key is not None and (known := db.one(FIND_KEY, job.idempotency_key)):
-            if tuple(known)[1:] != (job.name, environment):
+    for name, variables, priority, delay, key in jobs:
+        environment = json.dumps(variables, ensure_ascii=False) if variables else None
+        if key is not None and (known := db.one(FIND_KEY, key)):
+            if tuple(known)[1:] != (name, environment):
                 raise Conflict(f"this Idempotency-Key was used for job {known['id']}, which is another request")
             ids.append(known["id"])
             continue
         db.last_id += 1
-        not_before = now + job.delay if job.delay > 0 else None
-        rows.append((db.last_id, job.name, job.priority, environment, job.idempotency_key, not_before, now))
+        rows.append((db.last_id, name, priority, environment, key, now + delay if delay > 0 else None, now))
         ids.append(db.last_id)
     db.connection.executemany(INSERT_JOB, rows)
     db.moved["queued"] += len(rows)

@@ -687,7 +687,7 @@ def workers_1000(bench: Bench) -> list[Figure]:
             crowd.end()
         server.stop()
         bare.end()
-    return [figure for pair in zip(per_worker, cpu, told, strict=True) for figure in pair]
+    return [*per_worker, *cpu, *told]
 
 
 IMPORTS = "import asyncio,http.server,sqlite3,sys,websockets.asyncio.server,yaml;print(flush=True);sys.stdin.read()"
