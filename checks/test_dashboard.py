@@ -14,7 +14,17 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Request, Route, expect, sync_playwright
+from playwright.sync_api import (
+    APIResponse,
+    Browser,
+    ConsoleMessage,
+    Locator,
+    Page,
+    Request,
+    Route,
+    expect,
+    sync_playwright,
+)
 
 from test_jobworker import ROOT, Server, Stage, until
 
@@ -628,6 +638,47 @@ class TestDashboardLive:
         listened = [request for request in reader.requests if request.url.endswith("/api/events")]
         assert "last-event-id" not in listened[0].headers
         assert listened[-1].headers["last-event-id"].isdigit()
+
+    @pytest.mark.parametrize(
+        ("hash_", "asked", "place"),
+        [("#/jobs/1", "/api/jobs/1$", "#job .state"), ("#/?name=sh", r"/api/jobs\?.*name=sh", "#list .state")],
+    )
+    def test_an_event_that_overtakes_an_answer_is_not_lost(
+        self, hash_: str, asked: str, place: str, stage: Stage, reader_of: ReaderOf
+    ) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        job = server.sh("true")
+        page = reader_of(server).open_live()
+        expect(page.locator("#list .state")).to_have_text("Queued")
+        held: list[tuple[Route, APIResponse]] = []
+        page.route(re.compile(asked), lambda route: held.append((route, route.fetch())), times=1)
+        page.evaluate("hash => { location.hash = hash; }", hash_)
+        until(lambda: page.evaluate("true") and held)  # lets playwright hand the request over
+        server.http("DELETE", f"/api/jobs/{job}")
+        expect(page.locator(place)).to_have_text("Cancelled")
+        [(route, answer)] = held
+        assert answer.text().count('"queued"') == 1
+        with page.expect_event("requestfinished", lambda request: request == route.request):
+            route.fulfill(response=answer)
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert page.locator(place).inner_text() == "Cancelled"
+
+    def test_a_worker_that_goes_while_the_page_is_read_is_gone(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        worker = stage.worker(server, name="atlas-1")
+        reader = reader_of(server)
+        held: list[tuple[Route, APIResponse]] = []
+        reader.page.route("**/api/workers?full=1", lambda route: held.append((route, route.fetch())), times=1)
+        page = reader.open_live()
+        expect(page.locator("#workers h2")).to_have_text("1 worker")
+        until(lambda: page.evaluate("true") and held)
+        worker.stop()
+        expect(page.locator("#workers h2")).to_have_text("Workers")
+        [(route, answer)] = held
+        assert "atlas-1" in answer.text()
+        route.fulfill(response=answer)
+        expect(page.locator("#workers .empty")).to_be_visible()
+        expect(page.get_by_text("atlas-1")).to_have_count(0)
 
     def test_it_comes_back_by_itself(self, stage: Stage, reader_of: ReaderOf) -> None:
         server = stage.server(jobs=SITE_JOBS)
