@@ -208,7 +208,7 @@ class Dispatcher:
         self.away: dict[int, Away] = {}
         self.changed_workers: dict[int, dict[str, Any]] = {}
         self.store: Store
-        self.offers: dict[int, Offer] = {}
+        self.offers: dict[int, Offer] = {}  # of whoever has a free slot; whether any is there, the store's thread asks
         self._claiming = False
         self._claim_again = False
         self._closing: set[asyncio.Future[None]] = set()
