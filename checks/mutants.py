@@ -105,6 +105,17 @@ MUTANTS = (
         "list(self.offers.values()), self.configs.limits)",
         "list(self.offers.values()), {})",
     ),
+    Mutant(
+        "the offer of who went",
+        "server.py",
+        "malformed_frame_closes",
+        "        self.offers.pop(worker.id, None)\n        self.changed_workers[worker.id] = worker.as_json",
+        "        self.changed_workers[worker.id] = worker.as_json",
+    ),
+    Mutant(
+        "offers by free slots", "store.py", "most_free_slots", "(-free, random.random(),", "(free, random.random(),"
+    ),
+    Mutant("offers by chance", "store.py", "chance_decides", "(-free, random.random(),", "(-free, 0.0,"),
     Mutant("tags", "server.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
     Mutant(
         "grace",
