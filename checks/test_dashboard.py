@@ -382,7 +382,7 @@ class TestDashboardActs:
         drawer = open_job(page, job)
         log, follow = drawer.get_by_role("region", name="Log"), drawer.get_by_label("Follow")
         expect(log).to_contain_text("more")
-        assert log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40
+        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
         log.hover()
         page.mouse.wheel(0, -500)
         expect(follow).not_to_be_checked()
@@ -390,6 +390,18 @@ class TestDashboardActs:
         until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
         site.http("DELETE", f"/api/jobs/{job}")
         expect(drawer).to_contain_text("Cancelled")
+
+    def test_following_stays_at_the_end_when_the_log_has_less_room(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh("seq 300; sleep 60")
+        page = reader_of(site).open()
+        log = open_job(page, job).get_by_role("region", name="Log")
+        expect(log).to_contain_text("300")
+        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        before = log.evaluate("view => view.clientHeight")
+        page.set_viewport_size({"width": 1280, "height": 650})
+        until(lambda: log.evaluate("view => view.clientHeight") < before - 40)
+        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        site.http("DELETE", f"/api/jobs/{job}")
 
     def test_each_attempt_has_its_log(self, page: Page, site: Server) -> None:
         job = site.post("twice")
