@@ -117,17 +117,17 @@ class Request:
 REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
 HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
 SINGLE_HEADERS = {
-    *(
-        "authorization",
-        "content-length",
-        "content-type",
-        "expect",
-        "host",
-        "idempotency-key",
-        "last-event-id",
-        "origin",
-    ),
-    *("sec-fetch-site", "transfer-encoding", "upgrade"),
+    "authorization",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "idempotency-key",
+    "last-event-id",
+    "origin",
+    "sec-fetch-site",
+    "transfer-encoding",
+    "upgrade",
 }
 
 

@@ -793,7 +793,8 @@ class Worker:
         for id_, attempt, state, container, name in found:
             if version == 1:
                 await self.docker.remove([container])
-            if version == 1 or container in gone or (id_, attempt) in self.jobs:
+                continue
+            if container in gone or (id_, attempt) in self.jobs:
                 continue
             job = Job(id_, attempt, name, container)
             self.jobs[job.key] = job

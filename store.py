@@ -494,22 +494,22 @@ def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list
         if room > 0:
             ready += db.execute(READY_JOBS, (name, room)).fetchall()
     ready.sort(key=lambda job: (-job["priority"], job["id"]))
-    return list(_hand_to_workers(db, ready, offers))
+    return list(_hand_to_workers(db, ready, offers)) if ready else []
 
 
 def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Offer]) -> Iterator[Claimed]:
     # A heap for each set of names: thousands of jobs and workers would make too many pairs.
     heaps: dict[frozenset[str], list[tuple[int, float, int]]] = {}
-    for worker, free, names in offers if ready else ():
+    for worker, free, names in offers:
         heappush(heaps.setdefault(names, []), (-free, random.random(), worker))
     for job in ready:
         takers = [heap for names, heap in heaps.items() if heap and job["name"] in names]
         if not takers:
             continue
-        heap = min(takers)
-        taken, _, worker = heappop(heap)
-        if taken < -1:
-            heappush(heap, (taken + 1, random.random(), worker))
+        heap = min(takers, key=lambda taker: taker[0])
+        minus_free, _, worker = heappop(heap)
+        if minus_free < -1:
+            heappush(heap, (minus_free + 1, random.random(), worker))
         attempt = job["attempt"] + 1
         _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
         environment = json.loads(job["environment"]) if job["environment"] else {}

@@ -153,8 +153,8 @@ class Server:
 
 def started(bench: "Bench", command: list[str], log: Path, text: str) -> tuple["subprocess.Popen[bytes]", str]:
     """Start a Python program of ours; give its process once a line of its log holds `text`, and that line."""
-    ours = ("JOBWORKER_", "PYTHON")  # as PYTHONDONTWRITEBYTECODE, which has it compile everything at each start
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    unwanted = ("JOBWORKER_", "PYTHON")  # as PYTHONDONTWRITEBYTECODE, which has it compile everything at each start
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=output)
@@ -406,7 +406,7 @@ def answer_at_once(pipe: Any, port: int, slots: int, count: int) -> None:
     asyncio.run(work())
 
 
-def idle_workers(pipe: Any, port: int, count: int) -> None:
+def many_workers(pipe: Any, port: int, count: int) -> None:
     """Connect workers whose jobs take no time; send the time when all have JobConfigs, each time that they have."""
 
     async def work() -> None:
@@ -672,7 +672,7 @@ def workers_1000(bench: Bench) -> list[Figure]:
         crowds = []
         for (pid, port), figure in zip(sides, per_worker, strict=True):
             before = memory(pid)
-            crowds.append(bench.beside(idle_workers, port, count))
+            crowds.append(bench.beside(many_workers, port, count))
             crowds[-1].result()
             figure.add((memory(pid) - before) / 1024 / count)
         used = [cpu_seconds(pid) for pid, _port in sides]
@@ -762,7 +762,7 @@ def scale(bench: Bench) -> list[Figure]:
     fill()
     measure(f"and {million} finished")
     workers = bench.count(1_000)
-    bench.beside(idle_workers, server.port, workers).result()
+    bench.beside(many_workers, server.port, workers).result()
     measure(f"and {workers} workers")
     (job,) = server.ask("GET", "/api/jobs?state=queued&limit=1")
     paths = ["/api/events"] * bench.count(200) + [f"/api/jobs/{job['id']}/log?follow=1"] * bench.count(100)

@@ -195,6 +195,17 @@ def open_job(page: Page, job: int) -> Locator:
     return dialog
 
 
+def is_at_end(log: Locator) -> bool:
+    return int(log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight")) < 40
+
+
+def hold_answer(page: Page, url: str | re.Pattern[str]) -> list[tuple[Route, APIResponse]]:
+    """Have the next request for a URL wait, its answer fetched already; it comes into the list that this gives."""
+    held: list[tuple[Route, APIResponse]] = []
+    page.route(url, lambda route: held.append((route, route.fetch())), times=1)
+    return held
+
+
 def assert_accessible(page: Page) -> None:
     found = Axe().run(page)
     assert not found.violations_count, found.generate_report()
@@ -382,12 +393,12 @@ class TestDashboardActs:
         drawer = open_job(page, job)
         log, follow = drawer.get_by_role("region", name="Log"), drawer.get_by_label("Follow")
         expect(log).to_contain_text("more")
-        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        until(lambda: is_at_end(log))
         log.hover()
         page.mouse.wheel(0, -500)
         expect(follow).not_to_be_checked()
         follow.check()
-        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        until(lambda: is_at_end(log))
         site.http("DELETE", f"/api/jobs/{job}")
         expect(drawer).to_contain_text("Cancelled")
 
@@ -396,11 +407,11 @@ class TestDashboardActs:
         page = reader_of(site).open()
         log = open_job(page, job).get_by_role("region", name="Log")
         expect(log).to_contain_text("300")
-        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        until(lambda: is_at_end(log))
         before = log.evaluate("view => view.clientHeight")
         page.set_viewport_size({"width": 1280, "height": 650})
         until(lambda: log.evaluate("view => view.clientHeight") < before - 40)
-        until(lambda: log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight") < 40)
+        until(lambda: is_at_end(log))
         site.http("DELETE", f"/api/jobs/{job}")
 
     def test_each_attempt_has_its_log(self, page: Page, site: Server) -> None:
@@ -662,8 +673,7 @@ class TestDashboardLive:
         job = server.sh("true")
         page = reader_of(server).open_live()
         expect(page.locator("#list .state")).to_have_text("Queued")
-        held: list[tuple[Route, APIResponse]] = []
-        page.route(re.compile(asked), lambda route: held.append((route, route.fetch())), times=1)
+        held = hold_answer(page, re.compile(asked))
         page.evaluate("hash => { location.hash = hash; }", hash_)
         until(lambda: page.evaluate("true") and held)  # lets playwright hand the request over
         server.http("DELETE", f"/api/jobs/{job}")
@@ -679,8 +689,7 @@ class TestDashboardLive:
         server = stage.server("--hold", jobs=SITE_JOBS)
         worker = stage.worker(server, name="atlas-1")
         reader = reader_of(server)
-        held: list[tuple[Route, APIResponse]] = []
-        reader.page.route("**/api/workers?full=1", lambda route: held.append((route, route.fetch())), times=1)
+        held = hold_answer(reader.page, "**/api/workers?full=1")
         page = reader.open_live()
         expect(page.locator("#workers h2")).to_have_text("1 worker")
         until(lambda: page.evaluate("true") and held)
