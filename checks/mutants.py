@@ -181,8 +181,8 @@ MUTANTS = (
         "what was only created",
         "client.py",
         "between_the_creation_and_the_start",
-        "if version == 1 or container in gone or (",
-        "if version == 1 or (",
+        "if container in gone or (",
+        "if (",
     ),
     Mutant(
         "the floor of the backoff", "client.py", "frenzy", "BACKOFF_FLOOR_SECONDS = 0.25", "BACKOFF_FLOOR_SECONDS = 0.0"
