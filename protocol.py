@@ -56,7 +56,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-VERSION = "1.0.0"  # of jobworker
 VERSION_2 = "jobworker.2"
 SERVER_HEADER = "Jobworker-Server"
 CLOSE_REPLACED = 4001

@@ -1,7 +1,3 @@
-# /// script
-# requires-python = ">=3.11"
-# dependencies = ["websockets>=16,<18", "pyyaml>=6"]
-# ///
 """The job server: reads jobs.yaml, serves the HTTP API and /runner on one port, matches queued jobs with free workers.
 
 Its threads, and what they may touch:
@@ -43,11 +39,14 @@ from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 import protocol
-import store
-from api import Access, Api, Events, Front, Metrics, RunnerListener, timestamp
-from config import ConfigError, JobConfig, load_jobs, parse_duration
+from jobworker import VERSION, state, store
+from jobworker.api import Api, Events, Metrics, timestamp
+from jobworker.config import ConfigError, JobConfig, load_jobs, parse_duration
+from jobworker.options import quiet_logger, start_logging
+from jobworker.state import Database, Offer, RetryDelay
+from jobworker.store import Store, StoreError
+from jobworker.web import Access, Front, RunnerListener
 from protocol import (
-    VERSION,
     VERSION_2,
     Enqueue,
     Go,
@@ -61,7 +60,6 @@ from protocol import (
     Settled,
     Stop,
 )
-from store import Database, Offer, RetryDelay, Store, StoreError
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 HELLO_SECONDS = 10
@@ -178,15 +176,15 @@ def absorb(
     for message in messages:
         match message:
             case JobRunning(job, attempt):
-                replies.append((Go if store.start(db, worker, job, attempt, now) else Settled)(job, attempt))
+                replies.append((Go if state.start(db, worker, job, attempt, now) else Settled)(job, attempt))
             case Log(job, attempt, offset, data):
-                kept = store.append_log(db, worker, job, attempt, offset, data)
+                kept = state.append_log(db, worker, job, attempt, offset, data)
                 replies.append(Settled(job, attempt) if kept is None else Logged(job, attempt, kept))
             case JobSuccess(job, attempt):
-                store.succeed(db, worker, job, attempt, now)
+                state.succeed(db, worker, job, attempt, now)
                 replies.append(Settled(job, attempt))
             case JobFailure(job, attempt, exit_code, reason):
-                store.fail(db, worker, job, attempt, exit_code, reason, now, retry)
+                state.fail(db, worker, job, attempt, exit_code, reason, now, retry)
                 replies.append(Settled(job, attempt))
     return replies
 
@@ -258,7 +256,7 @@ class Dispatcher:
         # Its callback comes in the order of the commits: what is claimed for this worker later, it is sent.
         attached: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
         callback = functools.partial(self._attached, socket, hello, attached)
-        self.store.tell(callback, store.attach, hello.name, hello.jobs, time.time(), self.configs.retry_delay)
+        self.store.tell(callback, state.attach, hello.name, hello.jobs, time.time(), self.configs.retry_delay)
         return attached
 
     def _attached(
@@ -266,7 +264,7 @@ class Dispatcher:
         socket: ServerConnection,
         hello: Hello,
         attached: "asyncio.Future[Worker]",
-        result: tuple[int, list[store.Held]] | Exception,
+        result: tuple[int, list[state.Held]] | Exception,
     ) -> None:
         if isinstance(result, Exception):
             attached.set_exception(result)
@@ -298,7 +296,7 @@ class Dispatcher:
             raise protocol.ProtocolError("the first frame must be Hello")
         return messages[0]
 
-    def _greet(self, worker: Worker, hello: Hello, wanted: list[store.Held]) -> None:
+    def _greet(self, worker: Worker, hello: Hello, wanted: list[state.Held]) -> None:
         worker.send_configs(self.configs)
         replies: list[protocol.FromServer] = [
             Settled(job, attempt) for job, attempt, _state in hello.jobs if worker.jobs.get(job) != attempt
@@ -366,7 +364,7 @@ class Dispatcher:
             not worker.jobs and worker.socket.close_code == CloseCode.NORMAL_CLOSURE
         )
         self.away[worker.id] = Away(worker.name, time.monotonic() + (0 if leaves else self.grace))
-        self.store.tell(self._report, store.detach, worker.id)
+        self.store.tell(self._report, state.detach, worker.id)
         if leaves:
             self.lose_overdue()
 
@@ -376,7 +374,7 @@ class Dispatcher:
         for worker_id, away in [(id_, away) for id_, away in self.away.items() if away.deadline <= now]:
             del self.away[worker_id]
             lost = functools.partial(self._lost, worker_id, away)
-            self.store.tell(lost, store.lose, worker_id, time.time(), self.configs.retry_delay)
+            self.store.tell(lost, state.lose, worker_id, time.time(), self.configs.retry_delay)
 
     def _lost(self, worker_id: int, away: Away, result: int | Exception) -> None:
         if isinstance(result, Exception):  # the next tick tries again
@@ -391,9 +389,9 @@ class Dispatcher:
             return
         if self.offers:
             self._claiming = True
-            self.store.tell(self._claimed, store.claim, list(self.offers.values()), self.configs.limits)
+            self.store.tell(self._claimed, state.claim, list(self.offers.values()), self.configs.limits)
 
-    def _claimed(self, claims: list[store.Claimed] | Exception) -> None:
+    def _claimed(self, claims: list[state.Claimed] | Exception) -> None:
         self._claiming = False
         if isinstance(claims, Exception):
             self._report(claims)  # the next tick tries again
@@ -469,10 +467,10 @@ class Server:
 
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""
-        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(store.expected_workers)))
+        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.expected_workers)))
         self._publish((set(), None))
         listener = RunnerListener()
-        front = Front((self.options.host, self.options.port), self.api, listener, self.access)
+        front = Front((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
         self.loop.add_signal_handler(signal.SIGHUP, self._reload)
@@ -546,10 +544,10 @@ class Server:
         if self.store.broken:
             log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
             self._stop(1)
-        self.store.tell(self._ignore, store.probe if self.store.error else store.make_due, time.time())
+        self.store.tell(self._ignore, state.probe if self.store.error else state.make_due, time.time())
         self.dispatcher.lose_overdue()
         self.dispatcher.dispatch()
-        self.store.tell(self._publish, store.news)
+        self.store.tell(self._publish, state.news)
 
     def _publish(self, news: tuple[set[int], float | None] | Exception) -> None:
         if isinstance(news, Exception):
@@ -568,7 +566,7 @@ class Server:
 
     def _prune(self) -> None:
         if self.options.keep:
-            self.store.tell(self._pruned, store.prune, time.time() - self.options.keep, PRUNE_JOBS)
+            self.store.tell(self._pruned, state.prune, time.time() - self.options.keep, PRUNE_JOBS)
 
     def _pruned(self, count: int | Exception) -> None:
         if count == PRUNE_JOBS:  # a little at a time, with room for others between
@@ -580,28 +578,6 @@ class Server:
 
 def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
     return Subprotocol(VERSION_2) if VERSION_2 in offered else None
-
-
-def quiet_logger() -> logging.Logger:
-    """What websockets logs: failed handshakes are no errors of ours, and its debug log would show tokens."""
-    logger = logging.getLogger("websockets")
-    logger.setLevel(logging.CRITICAL)
-    return logger
-
-
-class LineFormatter(logging.Formatter):
-    """A line an event: control characters, which a terminal might obey, are escaped."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda m: repr(m[0])[1:-1], text)
-
-
-def start_logging(verbose: bool) -> None:
-    """Write the log to stderr."""
-    stream = logging.StreamHandler()
-    stream.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
 
 
 def config_error(where: object, message: str) -> ConfigError:
@@ -725,3 +701,8 @@ async def serve(options: argparse.Namespace, jobs: Iterable[JobConfig]) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["websockets>=16,<18", "pyyaml>=6"]
+# ///

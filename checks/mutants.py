@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("*.py", "*.html", "*.yaml", "*.toml", "*.json", "*.md", "checks", "deploy")
+SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "checks", "deploy")
 TESTS = ("test_jobworker.py", "checks/test_store.py")
 TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
@@ -42,55 +42,69 @@ MUTANTS = (
     # the store: what is answered is on disk, and only what fits the state is taken
     Mutant(
         "group commit: results before their commit",
-        "store.py",
+        "jobworker/store.py",
         "Store or Promise01 or Promise11 or on_disk",
         "            database.commit()\n",
         "            self._hand_out(group, results)\n            database.commit()\n            return True\n",
     ),
-    Mutant("durability", "store.py", "Store or Promise01", "PRAGMA synchronous = FULL", "PRAGMA synchronous = NORMAL"),
+    Mutant(
+        "durability",
+        "jobworker/store.py",
+        "Store or Promise01",
+        "PRAGMA synchronous = FULL",
+        "PRAGMA synchronous = NORMAL",
+    ),
     Mutant(
         "one server a database",
-        "store.py",
+        "jobworker/store.py",
         "a_database_has_one_server",
         "PRAGMA locking_mode = EXCLUSIVE",
         "PRAGMA locking_mode = NORMAL",
     ),
-    Mutant("guard on the attempt", "store.py", "Store or Version2Worker", "AND attempt = :attempt AND", "AND"),
-    Mutant("guard on the worker", "store.py", "Store or Version2Worker", "AND worker = :worker AND state", "AND state"),
+    Mutant(
+        "guard on the attempt", "jobworker/state.py", "Store or Version2Worker", "AND attempt = :attempt AND", "AND"
+    ),
+    Mutant(
+        "guard on the worker",
+        "jobworker/state.py",
+        "Store or Version2Worker",
+        "AND worker = :worker AND state",
+        "AND state",
+    ),
     Mutant(
         "guard on the state",
-        "store.py",
+        "jobworker/state.py",
         "Store or Version2Worker or never_changes",
         ':worker AND state = :from_state"',
         ':worker"',
     ),
     Mutant(
         "guard of a failure",
-        "store.py",
+        "jobworker/state.py",
         "Store or Version2Worker",
         "    if not start(db, worker, job, attempt, now):\n",
         "    if start(db, worker, job, attempt, now) is None:\n",
     ),
-    Mutant("cancelled, not failed", "store.py", "Store or cancel", 'if row["cancelling"]:', "if False:"),
+    Mutant("cancelled, not failed", "jobworker/state.py", "Store or cancel", 'if row["cancelling"]:', "if False:"),
     Mutant(
         "unstarted is queued again",
-        "store.py",
+        "jobworker/state.py",
         "Store or an_unstarted_job or did_not_start",
         '        if row["state"] == "assigned":\n            _requeue(',
         "        if False:\n            _requeue(",
     ),
     Mutant(
         "what its worker forgot is lost",
-        "store.py",
+        "jobworker/state.py",
         "Store or no_longer_knows",
         "        else:\n            _lose(",
         "        elif False:\n            _lose(",
     ),
-    Mutant("priority", "store.py", "Store or higher_priority", '(-job["priority"], job["id"])', 'job["id"]'),
-    Mutant("a log is kept once", "store.py", "Store or kept_once or twice", "if offset < have:", "if False:"),
+    Mutant("priority", "jobworker/state.py", "Store or higher_priority", '(-job["priority"], job["id"])', 'job["id"]'),
+    Mutant("a log is kept once", "jobworker/state.py", "Store or kept_once or twice", "if offset < have:", "if False:"),
     Mutant(
         "a log has a limit",
-        "store.py",
+        "jobworker/state.py",
         "Store or Promise05",
         "if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:",
         "if False:",
@@ -113,9 +127,13 @@ MUTANTS = (
         "        self.changed_workers[worker.id] = worker.as_json",
     ),
     Mutant(
-        "offers by free slots", "store.py", "most_free_slots", "(-free, random.random(),", "(free, random.random(),"
+        "offers by free slots",
+        "jobworker/state.py",
+        "most_free_slots",
+        "(-free, random.random(),",
+        "(free, random.random(),",
     ),
-    Mutant("offers by chance", "store.py", "chance_decides", "(-free, random.random(),", "(-free, 0.0,"),
+    Mutant("offers by chance", "jobworker/state.py", "chance_decides", "(-free, random.random(),", "(-free, 0.0,"),
     Mutant("tags", "server.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
     Mutant(
         "grace",
@@ -140,20 +158,30 @@ MUTANTS = (
         "            if False:\n",
     ),
     Mutant("the stale is settled", "server.py", "stale", "else Settled)(job, attempt)", "else Go)(job, attempt)"),
-    Mutant("Origin", "api.py", "another_site", "if not page and (foreign or", "if not page and (False or"),
+    Mutant("Origin", "jobworker/web.py", "another_site", "if not page and (foreign or", "if not page and (False or"),
     Mutant("Origin of a worker", "server.py", "cannot_be_a_worker", "origins=[None]", "origins=None"),
-    Mutant("Host", "api.py", "Strangers", "and not self._knows(host)", "and False"),
-    Mutant("token", "api.py", "Strangers", "return not tokens or", "return True or"),
+    Mutant("Host", "jobworker/web.py", "Strangers", "and not self._knows(host)", "and False"),
+    Mutant("token", "jobworker/web.py", "Strangers", "return not tokens or", "return True or"),
     Mutant(
         "framing: a header twice",
-        "api.py",
+        "jobworker/web.py",
         "FramingAttacks",
         "if name in headers and name in SINGLE_HEADERS:",
         "if False:",
     ),
-    Mutant("framing: chunked bodies", "api.py", "FramingAttacks", 'if "transfer-encoding" in headers:', "if False:"),
     Mutant(
-        "framing: digits", "api.py", "FramingAttacks", 're.fullmatch("[0-9]{1,18}", length)', "length.isprintable()"
+        "framing: chunked bodies",
+        "jobworker/web.py",
+        "FramingAttacks",
+        'if "transfer-encoding" in headers:',
+        "if False:",
+    ),
+    Mutant(
+        "framing: digits",
+        "jobworker/web.py",
+        "FramingAttacks",
+        're.fullmatch("[0-9]{1,18}", length)',
+        "length.isprintable()",
     ),
     # the worker: two phases, the outbox, what a former life left
     Mutant(
@@ -196,14 +224,14 @@ MUTANTS = (
     ),
     Mutant(
         "a killed docker",
-        "client.py",
+        "jobworker/container.py",
         "killed_docker",
         "code == 0 or (code > 0 and not",
         "code <= 0 or (code > 0 and not",
     ),
     Mutant(
         "a secret is no argument",
-        "client.py",
+        "jobworker/container.py",
         "no_argument_of_docker",
         'option("--env", [name for name in everything if name not in filed])',
         'option("--env", [f"{name}={everything[name]}" for name in everything if name not in filed])',

@@ -27,9 +27,10 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 from websockets.typing import Origin
 
-import api as api_module
 import protocol
 import server as server_module
+from jobworker import VERSION
+from jobworker import api as api_module
 from test_jobworker import (
     JOBS,
     ROOT,
@@ -50,7 +51,7 @@ from test_jobworker import (
 
 # -- the description ---------------------------------------------------------------------------------------------------
 
-OPENAPI = json.loads((ROOT / "openapi.json").read_text())
+OPENAPI = json.loads((ROOT / "jobworker" / "openapi.json").read_text())
 OPERATIONS = {
     (method.upper(), path): operation for path, item in OPENAPI["paths"].items() for method, operation in item.items()
 }
@@ -164,7 +165,7 @@ class TestOpenApi:
         assert all(operation["summary"] and operation["tags"] for operation in OPERATIONS.values())
         names = {tag["name"] for tag in OPENAPI["tags"]}
         assert {tag for operation in OPERATIONS.values() for tag in operation["tags"]} == names
-        assert OPENAPI["info"]["version"] == protocol.VERSION
+        assert OPENAPI["info"]["version"] == VERSION
 
     def test_every_parameter_in_a_path_is_described(self) -> None:
         for (_, path), operation in OPERATIONS.items():
@@ -183,7 +184,7 @@ class TestOpenApi:
 
     def test_it_is_served_as_it_is(self, server: Server) -> None:
         reply = server.http("GET", "/openapi.json", headers=bearer("letmein"))
-        assert reply.body == (ROOT / "openapi.json").read_bytes()
+        assert reply.body == (ROOT / "jobworker" / "openapi.json").read_bytes()
         assert reply.headers["Content-Type"] == "application/json"
 
     def test_every_key_of_every_object_is_described(self, server: Server) -> None:
@@ -240,7 +241,7 @@ class TestOpenApi:
         (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
         (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_CONFIG)
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run"]
-        command += [str(ROOT / "openapi.json"), "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
+        command += [str(ROOT / "jobworker" / "openapi.json"), "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
         command += ["--header", "Authorization: Bearer letmein", "--exclude-path", "/api/events"]
         command += ["--max-examples", "40", "--seed", "1"]
         found = subprocess.run(

@@ -14,12 +14,12 @@ import yaml
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-import config
-from client import FLAGS, Command, docker_run_command
-from config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
+from jobworker import config
+from jobworker.config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
+from jobworker.container import FLAGS, Command, docker_run_command
 
 LOADERS = sorted({config.YAML_LOADER, yaml.SafeLoader}, key=str)
-EXAMPLE = Path(config.__file__).parent / "jobs.yaml"
+EXAMPLE = Path(config.__file__).parent.parent / "jobs.yaml"
 
 # What errors say, as far as several say it.
 VARIABLE = "expected a variable's name, not JOBWORKER_..."

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from client import docker_run_command
-from config import load_jobs
+from jobworker.config import load_jobs
+from jobworker.container import docker_run_command
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["docker", "version"], capture_output=True, check=False).returncode != 0,

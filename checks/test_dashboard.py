@@ -626,7 +626,7 @@ class TestDashboardText:
         assert page.locator("img, script:not(body > script), u, [onerror]").count() == 0
 
     def test_the_page_has_one_style_one_script_and_no_way_to_make_markup(self) -> None:
-        source = (ROOT / "dashboard.html").read_text()
+        source = (ROOT / "jobworker" / "dashboard.html").read_text()
         assert source.count("<style") == source.count("<script") == 1
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", source)
         assert not re.search(r"<[^>]*\s(style|on\w+)=", source.partition("<script>")[0])

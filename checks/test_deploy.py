@@ -12,10 +12,7 @@ import yaml
 
 HERE = Path(__file__).parent.parent
 DEPLOY = HERE / "deploy"
-RUN_TIME_FILES = {f"{name}.py" for name in ("protocol", "store", "config", "api", "server", "client")} | {
-    "dashboard.html",
-    "openapi.json",
-}
+RUN_TIME_FILES = {"protocol.py", "server.py", "client.py", "jobworker"}
 UNITS = {"jobworker-server.service": "server.py", "jobworker-worker@.service": "client.py"}
 
 
@@ -48,7 +45,7 @@ class TestDeployment:
     def test_the_image_has_every_file_that_runs(self) -> None:
         copied = [word for line in self.dockerfile() if line[0] == "COPY" for word in line[1:-1] if word[0] not in "-/"]
         assert set(copied) == RUN_TIME_FILES | {"requirements.txt"}
-        assert all((HERE / name).is_file() for name in copied)
+        assert all((HERE / name).exists() for name in copied)
 
     def test_the_server_in_its_image_is_not_root(self) -> None:
         lines = self.dockerfile()

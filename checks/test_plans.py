@@ -1,4 +1,4 @@
-"""The plans that SQLite makes of store.py's statements: none that runs on a hot path may walk the jobs there are."""
+"""The plans that SQLite makes of state.py's statements: none that runs on a hot path may walk the jobs there are."""
 
 import re
 import sqlite3
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 
-import store
+from jobworker import state, store
 
 NAMED = {
     name: sql
-    for name, sql in vars(store).items()
+    for name, sql in vars(state).items()
     if re.fullmatch("[A-Z][A-Z_]*", name)
     and isinstance(sql, str)
     and re.match(r"\s*(SELECT|WITH|INSERT|UPDATE|DELETE)\b", sql)
@@ -58,7 +58,7 @@ class TestQueryPlans:
     ) -> None:
         statements: list[str] = []
         database.set_trace_callback(statements.append)
-        store.page(store.Database(database), states, name, 0, before, 50)
+        state.page(state.Database(database), states, name, 0, before, 50)
         database.set_trace_callback(None)
         assert statements
         for sql in statements:
@@ -72,7 +72,7 @@ class TestQueryPlans:
 
     def steps_of_a_claim(self, queued: int) -> int:
         db = store._open(":memory:")
-        store.add(db, [store.NewJob(name) for name in ("a", "b")] * (queued // 2), 0.0)
+        state.add(db, [state.NewJob(name) for name in ("a", "b")] * (queued // 2), 0.0)
         steps = 0
 
         def count() -> int:
@@ -81,6 +81,6 @@ class TestQueryPlans:
             return 0
 
         db.connection.set_progress_handler(count, 1)
-        assert len(store.claim(db, [store.Offer(1, 4, frozenset({"a", "b"}))], {})) == 4
+        assert len(state.claim(db, [state.Offer(1, 4, frozenset({"a", "b"}))], {})) == 4
         db.connection.close()
         return steps

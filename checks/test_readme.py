@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import api as api_module
-import config
+from jobworker import api as api_module
+from jobworker import config
 from test_jobworker import ROOT, Stage
 
 README = (ROOT / "README.md").read_text()

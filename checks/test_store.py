@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-import store as store_module
-from store import Conflict, NewJob, Offer, Store
+from jobworker import state as state_module
+from jobworker import store as store_module
+from jobworker.state import Conflict, NewJob, Offer
+from jobworker.store import Store
 
 RETRIES = {"once": 0, "again": 2, "alone": 0}
 LIMITS = {"alone": 1}
@@ -159,28 +161,28 @@ class StoreHistories(RuleBasedStateMachine):
             known = next((m for m in every if m.key is not None and m.key == job.idempotency_key), None)
             if known and known.name != job.name:
                 with pytest.raises(Conflict):
-                    self.do(store_module.add, jobs, self.now)
+                    self.do(state_module.add, jobs, self.now)
                 return
             if not known:
                 due = self.now + job.delay if job.delay else None
                 known = Model(self.last_id + len(added) + 1, job.name, job.priority, due, job.idempotency_key)
                 added[known.id] = known
             expected.append(known.id)
-        assert self.do(store_module.add, jobs, self.now) == expected
+        assert self.do(state_module.add, jobs, self.now) == expected
         self.jobs |= added
         self.last_id += len(added)
 
     @rule(count=st.integers(1, 4), bad=st.integers(0, 3))
     def add_many_at_once_with_one_that_fails(self, count: int, bad: int) -> None:
         def add_and_raise(db: Any) -> None:
-            store_module.add(db, [NewJob("once")], self.now)
+            state_module.add(db, [NewJob("once")], self.now)
             raise ZeroDivisionError
 
         futures = []
         for number in range(count):
             if number == bad:
                 failing = self.store.do(add_and_raise)
-            futures.append(self.store.do(store_module.add, [NewJob("once")], self.now))
+            futures.append(self.store.do(state_module.add, [NewJob("once")], self.now))
         for future in futures:
             self.last_id += 1
             assert future.result(10) == [self.last_id]
@@ -192,14 +194,14 @@ class StoreHistories(RuleBasedStateMachine):
     def cancel(self, pick: int) -> None:
         if not self.jobs:
             with pytest.raises(KeyError):
-                self.do(store_module.cancel, 1 + self.last_id, self.now)
+                self.do(state_module.cancel, 1 + self.last_id, self.now)
             return
         job = list(self.jobs.values())[pick % len(self.jobs)]
         if job.state in FINAL:
             with pytest.raises(Conflict):
-                self.do(store_module.cancel, job.id, self.now)
+                self.do(state_module.cancel, job.id, self.now)
             return
-        row = self.do(store_module.cancel, job.id, self.now)
+        row = self.do(state_module.cancel, job.id, self.now)
         assert (row["state"], row["attempt"], row["worker"]) == (job.state, job.attempt, job.worker)
         if job.state == "running":
             job.cancelling = True
@@ -222,7 +224,7 @@ class StoreHistories(RuleBasedStateMachine):
             else [(m.id, m.attempt, m.state) for m in self.jobs.values() if m.worker and self.names[m.worker] == name]
         )
         says = [*((job, attempt, "running") for _, job, attempt in held), *own]
-        worker, wanted = self.do(store_module.attach, name, says, self.now, retry_delay)
+        worker, wanted = self.do(state_module.attach, name, says, self.now, retry_delay)
         pairs = {(job, attempt) for job, attempt, _ in says}
         expected = set()
         for job in self.jobs.values():
@@ -242,7 +244,7 @@ class StoreHistories(RuleBasedStateMachine):
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
         running = sum(job.state == "running" for job in mine)
-        assert self.do(store_module.detach, worker) == running
+        assert self.do(state_module.detach, worker) == running
         for job in mine:
             if job.state == "assigned":
                 job.requeue(None)
@@ -251,7 +253,7 @@ class StoreHistories(RuleBasedStateMachine):
     def lose(self, worker: int) -> None:
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
-        assert self.do(store_module.lose, worker, self.now, retry_delay) == len(mine)
+        assert self.do(state_module.lose, worker, self.now, retry_delay) == len(mine)
         self.expected.discard(worker)
         for job in mine:
             job.lose(self.now)
@@ -265,7 +267,7 @@ class StoreHistories(RuleBasedStateMachine):
     def claim(self, free: list[int], names: list[set[str]]) -> Any:
         offers = [Offer(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
         ready = [job for job in self.jobs.values() if job.state == "queued" and job.not_before is None]
-        claimed = self.do(store_module.claim, offers, LIMITS)
+        claimed = self.do(state_module.claim, offers, LIMITS)
         by_worker = {offer.worker: offer for offer in offers}
         assert all(count <= by_worker[w].free for w, count in Counter(it.worker for it in claimed).items())
         order = [(-self.jobs[it.id].priority, it.id) for it in claimed]
@@ -296,7 +298,7 @@ class StoreHistories(RuleBasedStateMachine):
         job = self.jobs.get(number)
         fresh = job is not None and job.holds(worker, attempt, "assigned")
         again = job is not None and job.holds(worker, attempt, "running")
-        assert self.do(store_module.start, worker, number, attempt, self.now) == (fresh or again)
+        assert self.do(state_module.start, worker, number, attempt, self.now) == (fresh or again)
         if job and fresh:
             job.begin(self.now)
 
@@ -308,7 +310,7 @@ class StoreHistories(RuleBasedStateMachine):
         worker, number, attempt = it
         job = self.jobs.get(number)
         wanted = job is not None and self.holds(job, worker, attempt)
-        assert self.do(store_module.succeed, worker, number, attempt, self.now) == wanted
+        assert self.do(state_module.succeed, worker, number, attempt, self.now) == wanted
         if job and wanted:
             job.begin(self.now)
             job.finish("success", self.now, 0, None)
@@ -319,7 +321,7 @@ class StoreHistories(RuleBasedStateMachine):
         job, reason = self.jobs.get(number), "exit" if code else "docker"
         wanted = job is not None and self.holds(job, worker, attempt)
         given = worker, number, attempt, code, reason, self.now, retry_delay
-        assert self.do(store_module.fail, *given) == wanted
+        assert self.do(state_module.fail, *given) == wanted
         if job and wanted:
             job.begin(self.now)
             job.end_attempt(self.now, code, reason)
@@ -332,7 +334,7 @@ class StoreHistories(RuleBasedStateMachine):
         offset = max(0, have + jump)
         whole = random.Random(f"{number} {attempt}").randbytes(2000)
         data = whole[offset : offset + size]
-        kept = self.do(store_module.append_log, worker, number, attempt, offset, data)
+        kept = self.do(state_module.append_log, worker, number, attempt, offset, data)
         if job is None or not job.holds(worker, attempt, "running"):
             assert kept is None
             return
@@ -349,7 +351,7 @@ class StoreHistories(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
         due = [job for job in self.jobs.values() if job.not_before is not None and job.not_before <= self.now]
-        assert self.do(store_module.make_due, self.now) == len(due)
+        assert self.do(state_module.make_due, self.now) == len(due)
         for job in due:
             job.not_before = None
 
@@ -360,18 +362,18 @@ class StoreHistories(RuleBasedStateMachine):
     @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
     def prune(self, age: float, limit: int) -> None:
         old = [j for j in self.jobs.values() if j.finished_at is not None and j.finished_at < self.now - age]
-        count = self.do(store_module.prune, self.now - age, limit)
+        count = self.do(state_module.prune, self.now - age, limit)
         assert count == min(limit, len(old))
-        there = {row["id"] for row in self.do(store_module.page, (), None, 0, None, 10**6)}
+        there = {row["id"] for row in self.do(state_module.page, (), None, 0, None, 10**6)}
         gone = [job for job in self.jobs.values() if job.id not in there]
         assert len(gone) == count
         assert all(job in old for job in gone)
         kept_ends = [job.finished_at for job in old if job.id in there]
         for job in gone:
             assert all(job.finished_at <= end for end in kept_ends)  # type: ignore[operator]
-            assert self.do(store_module.attempts, job.id) == []
+            assert self.do(state_module.attempts, job.id) == []
             for attempt in range(1, job.attempt + 1):
-                assert self.do(store_module.read_log, job.id, attempt, 0) == []
+                assert self.do(state_module.read_log, job.id, attempt, 0) == []
             del self.jobs[job.id]
             self.before.pop(job.id, None)
 
@@ -382,13 +384,13 @@ class StoreHistories(RuleBasedStateMachine):
         self.store = Store(str(self.folder / "jobs.db"))
         self.connected.clear()
         assert (self.store.server_id, self.store.counts) == (identity, counts)
-        assert dict(self.do(store_module.expected_workers)) == {worker: self.names[worker] for worker in self.expected}
+        assert dict(self.do(state_module.expected_workers)) == {worker: self.names[worker] for worker in self.expected}
 
     # what must hold after every step
 
     @invariant()
     def rows_equal_the_model(self) -> None:
-        rows = {row["id"]: row for row in self.do(store_module.page, (), None, 0, None, 10**6)}
+        rows = {row["id"]: row for row in self.do(state_module.page, (), None, 0, None, 10**6)}
         assert list(rows) == sorted(self.jobs)
         for job in self.jobs.values():
             row = rows[job.id]
@@ -407,10 +409,10 @@ class StoreHistories(RuleBasedStateMachine):
             for key in ("started_at", "finished_at", "log_bytes"):
                 assert row[key] == getattr(job, key), (job, dict(row))
             assert bool(row["cancelling"]) == job.cancelling
-            kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(store_module.attempts, job.id)]
+            kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(state_module.attempts, job.id)]
             assert kept == job.kept
         assert self.store.counts == {
-            state: sum(j.state == state for j in self.jobs.values()) for state in store_module.STATES
+            state: sum(j.state == state for j in self.jobs.values()) for state in state_module.STATES
         }
         self.promises(rows)
 
@@ -433,7 +435,7 @@ class StoreHistories(RuleBasedStateMachine):
             self.before[number] = state, attempt, whole
         for name, limit in LIMITS.items():
             assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
-            assert self.do(store_module.count_active, name) <= limit
+            assert self.do(state_module.count_active, name) <= limit
 
     @invariant()
     def logs_hold_head_and_tail(self) -> None:
@@ -441,7 +443,7 @@ class StoreHistories(RuleBasedStateMachine):
             for attempt, wanted in job.logs.items():
                 got: dict[int, bytes] = {}
                 offset = 0
-                while pieces := self.do(store_module.read_log, job.id, attempt, offset):
+                while pieces := self.do(state_module.read_log, job.id, attempt, offset):
                     for start, data in pieces:
                         assert start >= offset
                         got |= {start + n: data[n : n + 1] for n in range(len(data))}
@@ -468,16 +470,16 @@ class TestTransitions:
 
     def test_the_picture_has_each_transition_and_no_other(self) -> None:
         drawn = edges_of_the_picture()
-        assert drawn == {(before, after) for (before, _event), after in store_module.TRANSITIONS.items()}
+        assert drawn == {(before, after) for (before, _event), after in state_module.TRANSITIONS.items()}
         assert drawn == EDGES
 
     def test_a_final_state_is_never_left(self) -> None:
-        assert not {before for before, _event in store_module.TRANSITIONS} & FINAL
+        assert not {before for before, _event in state_module.TRANSITIONS} & FINAL
 
 
 def edges_of_the_picture() -> set[tuple[str, str]]:
     """Read the arrows of the README's picture: along its first line, from its states down and back, and DELETE's."""
-    text = (Path(store_module.__file__).parent / "README.md").read_text()
+    text = (Path(state_module.__file__).parent.parent / "README.md").read_text()
     first, *lines = text[text.index("     POST ") :].partition("The reasons")[0].splitlines()
     states = {match.start(): match[0] for match in re.finditer(r"[a-z]{6,}", first)}
 
@@ -512,29 +514,29 @@ class TestGroups:
 
     def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
         store = Store(str(tmp_path / "jobs.db"))
-        (job,) = store.do(store_module.add, [NewJob("once")], 0.0).result()
+        (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
 
-        def news_then_fail(db: store_module.Database) -> None:
-            store_module.news(db)
+        def news_then_fail(db: state_module.Database) -> None:
+            state_module.news(db)
             raise KeyError
 
         with pytest.raises(KeyError):
             store.do(news_then_fail).result()
-        assert store.do(store_module.news).result() == ({job}, 0.0)
-        assert store.do(store_module.news).result() == (set(), 0.0)
+        assert store.do(state_module.news).result() == ({job}, 0.0)
+        assert store.do(state_module.news).result() == (set(), 0.0)
         store.close()
 
     def test_a_database_that_failed_takes_nothing_more(self, tmp_path: Path) -> None:
         store = Store(str(tmp_path / "jobs.db"))
 
-        def fail(_db: store_module.Database) -> None:
+        def fail(_db: state_module.Database) -> None:
             error = sqlite3.OperationalError("disk I/O error")
             error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
             raise error
 
-        for function in (fail, store_module.probe):
+        for function in (fail, state_module.probe):
             with pytest.raises(store_module.StoreError):
-                store.do(function, *[0.0] * (function is store_module.probe)).result()
+                store.do(function, *[0.0] * (function is state_module.probe)).result()
         assert store.broken
         store.close()
 
@@ -544,10 +546,10 @@ class TestClaim:
 
     def claim(self, tmp_path: Path, free: list[int], names: list[str]) -> list[int]:
         store = Store(str(tmp_path / f"{uuid.uuid4()}.db"))
-        workers = [store.do(store_module.attach, f"w{n}", (), 0.0, retry_delay).result()[0] for n in range(len(free))]
-        store.do(store_module.add, [NewJob("once")] * 6, 0.0).result()
+        workers = [store.do(state_module.attach, f"w{n}", (), 0.0, retry_delay).result()[0] for n in range(len(free))]
+        store.do(state_module.add, [NewJob("once")] * 6, 0.0).result()
         offers = [Offer(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
-        claimed = store.do(store_module.claim, offers, {}).result()
+        claimed = store.do(state_module.claim, offers, {}).result()
         store.close()
         return [workers.index(it.worker) for it in claimed]
 
@@ -569,13 +571,13 @@ class TestLogTail:
     @pytest.mark.parametrize(("lines", "offset"), [(0, 8), (1, 6), (2, 3), (3, 0), (9, 0)])
     def test_it_counts_from_the_end(self, tmp_path: Path, lines: int, offset: int) -> None:
         store = Store(str(tmp_path / "jobs.db"))
-        worker, _ = store.do(store_module.attach, "w", (), 0.0, retry_delay).result()
-        (job,) = store.do(store_module.add, [NewJob("once")], 0.0).result()
-        store.do(store_module.claim, [Offer(worker, 1, frozenset({"once"}))], {}).result()
-        store.do(store_module.start, worker, job, 1, 0.0).result()
+        worker, _ = store.do(state_module.attach, "w", (), 0.0, retry_delay).result()
+        (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
+        store.do(state_module.claim, [Offer(worker, 1, frozenset({"once"}))], {}).result()
+        store.do(state_module.start, worker, job, 1, 0.0).result()
         for start, data in ((0, b"ab\ncd"), (5, b"\nef")):
-            store.do(store_module.append_log, worker, job, 1, start, data).result()
-        assert store.do(store_module.tail_offset, job, 1, lines).result() == offset
+            store.do(state_module.append_log, worker, job, 1, start, data).result()
+        assert store.do(state_module.tail_offset, job, 1, lines).result() == offset
         store.close()
 
 
@@ -584,17 +586,17 @@ class TestLogLimit:
 
     def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(self, tmp_path: Path) -> None:
         jobs = Store(str(tmp_path / "jobs.db"))
-        jobs.do(store_module.add, [store_module.NewJob("a")], 1.0).result()
-        worker, _ = jobs.do(store_module.attach, "w", [], 1.0, lambda *_: None).result()
-        jobs.do(store_module.claim, [store_module.Offer(worker, 1, frozenset("a"))], {}).result()
-        assert jobs.do(store_module.start, worker, 1, 1, 1.0).result()
+        jobs.do(state_module.add, [state_module.NewJob("a")], 1.0).result()
+        worker, _ = jobs.do(state_module.attach, "w", [], 1.0, lambda *_: None).result()
+        jobs.do(state_module.claim, [state_module.Offer(worker, 1, frozenset("a"))], {}).result()
+        assert jobs.do(state_module.start, worker, 1, 1, 1.0).result()
         piece = 65536
         for number in range(40):
-            jobs.do(store_module.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
+            jobs.do(state_module.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
         kept, offset = b"", 0
-        while pieces := jobs.do(store_module.read_log, 1, 1, offset).result():
+        while pieces := jobs.do(state_module.read_log, 1, 1, offset).result():
             offset = pieces[-1][0] + len(pieces[-1][1])
             kept += b"".join(data for _start, data in pieces)
-        assert len(kept) <= store_module.LOG_HEAD_BYTES + store_module.LOG_TAIL_BYTES + piece
+        assert len(kept) <= state_module.LOG_HEAD_BYTES + state_module.LOG_TAIL_BYTES + piece
         assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), 40 * piece)
         jobs.close()

@@ -1,12 +1,6 @@
-"""The HTTP side of the server: the JSON API, its events and metrics, on `http.server`.
+"""What each HTTP request is answered with: the JSON API, its events and its metrics, from the store.
 
-Every connection to the server's port arrives here and has a thread of its own. Requests are read strictly: whatever two
-readers could understand differently is refused. They are answered from the store, with what the dispatcher knows of
-workers; nothing here waits for the event loop. A connection that asks for /runner is handed, unread, to the websockets
-server on the loop.
-
-    accept ─▶ peek ─┬─▶ /runner: RunnerListener ─▶ websockets
-                    └─▶ parse_head ─▶ Access.check ─▶ body ─▶ Api.answer ─▶ response, and the next request
+Every method of Api runs on an HTTP thread of web.py.
 """
 
 from __future__ import annotations
@@ -16,51 +10,31 @@ import base64
 import contextlib
 import functools
 import hashlib
-import hmac
-import ipaddress
 import itertools
 import json
 import logging
-import queue
 import re
-import socket
-import socketserver
 import sqlite3
-import struct
-import sys
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import unquote
 
-import store
-from config import JobConfig, check_parameters
-from protocol import MAX_JOB_ID, VERSION
-from store import NewJob, Store, StoreError
+from jobworker import VERSION, state
+from jobworker.config import JobConfig, check_parameters
+from jobworker.state import MAX_JOB_ID, NewJob
+from jobworker.store import Store, StoreError
+from jobworker.web import ApiError, Request, Response, as_json
 
 if TYPE_CHECKING:
-    import websockets.http11
-    from websockets.asyncio.server import ServerConnection
-
     from server import Dispatcher
 
-MAX_CONNECTIONS = 1_024
-MAX_HEADERS = 100
-MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 8 * 1024 * 1024
-IDLE_SECONDS = 30
-HEAD_SECONDS = 10
-BODY_SECONDS = 30
-LINGER_SECONDS = 1
 HEARTBEAT_SECONDS = 15
 FOLLOW_CHECK_SECONDS = 5
 MAX_WAIT_SECONDS = 3_600
@@ -70,429 +44,9 @@ MAX_PAGE_JOBS = 10_000
 MAX_EVENT_JOBS = 250
 RING_TICKS = 1_000
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
-RUNNER_START = re.compile(rb"GET /runner[? ]")
-UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 HERE = Path(__file__).resolve().parent
 
 log = logging.getLogger("server")
-
-
-class ApiError(Exception):
-    """The caller's mistake, or our inability: answered with application/problem+json (RFC 9457)."""
-
-    def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class BadFraming(ApiError):
-    """What came is not clearly one HTTP request: answered, then the connection is closed, since its end is unknown."""
-
-
-@dataclass(slots=True)
-class Request:
-    method: str
-    target: str
-    headers: dict[str, str]
-    http_1_1: bool
-    keep_alive: bool
-    content_length: int
-    body: bytes = b""
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
-
-    def query(self, *known: str) -> dict[str, str]:
-        """Give the query's parameters by name. Raises ApiError for one that is not `known`, or given twice."""
-        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
-        query = dict(pairs)
-        if len(query) < len(pairs):
-            raise ApiError(HTTPStatus.BAD_REQUEST, "a query parameter is given twice")
-        for name in query.keys() - set(known):
-            raise ApiError(HTTPStatus.BAD_REQUEST, f"no query parameter {name!r} here; there are: {', '.join(known)}")
-        return query
-
-
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
-SINGLE_HEADERS = {
-    "authorization",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "idempotency-key",
-    "last-event-id",
-    "origin",
-    "sec-fetch-site",
-    "transfer-encoding",
-    "upgrade",
-}
-
-
-def parse_head(head: bytes) -> Request:
-    """Read a request's head, without the empty line that ends it; strict where leniency lets requests be smuggled.
-
-    Raises BadFraming for anything that two readers could understand differently (RFC 9112, sections 2.2 to 6.3).
-    """
-    line, *lines = head.split(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line must be METHOD /PATH HTTP/1.1")
-    if len(lines) > MAX_HEADERS:
-        raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEADERS} header lines")
-    headers: dict[str, str] = {}
-    for number, line in enumerate(lines, 2):
-        header = HEADER_LINE.fullmatch(line)
-        if not header:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"line {number} of the head is not a header")
-        name, value = header[1].decode().lower(), header[2].decode("latin-1")
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"the header {name} is there twice")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return _check_framing(match[1].decode(), match[2].decode(), match[3] == b"1", headers)
-
-
-def _check_framing(method: str, target: str, http_1_1: bool, headers: dict[str, str]) -> Request:
-    if not headers.get("host"):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the Host header is missing")
-    if "transfer-encoding" in headers:
-        raise BadFraming(HTTPStatus.LENGTH_REQUIRED, "Transfer-Encoding is not read here; send Content-Length")
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "Content-Length must be digits")
-    if int(length) > MAX_BODY_BYTES:
-        raise BadFraming(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise BadFraming(HTTPStatus.EXPECTATION_FAILED, "the only expectation known is 100-continue")
-    connection = headers.get("connection", "keep-alive" if http_1_1 else "close").lower()
-    keep_alive = "close" not in connection and (http_1_1 or "keep-alive" in connection)
-    return Request(method, target, headers, http_1_1, keep_alive, int(length))
-
-
-class Front(ThreadingHTTPServer):
-    """Accepts connections; a thread each, at most MAX_CONNECTIONS.
-
-    At the cap, the connection that has waited longest for a whole request gives up its place, so that slow and idle
-    ones can't keep a quick one out.
-    """
-
-    daemon_threads = True
-    request_queue_size = 1024
-
-    def __init__(self, address: tuple[str, int], api: Api, runner: RunnerListener, access: Access) -> None:
-        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.api, self.runner, self.access = api, runner, access
-        self.waiting: OrderedDict[socket.socket, None] = OrderedDict()
-        self.open = threading.Semaphore(MAX_CONNECTIONS)
-        super().__init__(address, Connection)
-
-    def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # without HTTPServer's look-up of the host's name
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.open.acquire(blocking=False):
-            self._make_room()
-            if not self.open.acquire(timeout=1):
-                request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                self.shutdown_request(request)
-                return
-        try:
-            super().process_request(request, client_address)
-        except RuntimeError:  # no thread to be had
-            self.open.release()
-            self.shutdown_request(request)
-
-    def _make_room(self) -> None:
-        while self.waiting:
-            with contextlib.suppress(KeyError, OSError):
-                longest, _ = self.waiting.popitem(last=False)
-                longest.shutdown(socket.SHUT_RDWR)
-                return
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.open.release()
-
-    def shutdown_request(self, request: Any) -> None:
-        if request.fileno() >= 0:  # else the loop has it now
-            super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002
-        error = sys.exception()
-        if not isinstance(error, OSError):  # a client that went away is no event
-            log.error("internal error", exc_info=error)
-
-
-class Connection(BaseHTTPRequestHandler):
-    """One connection: its requests, one after another, until either side ends it."""
-
-    server: Front
-    connection: socket.socket
-
-    def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.received = bytearray()
-        self.patience = 0.0
-        self._wait_at_most(IDLE_SECONDS)
-
-    def finish(self) -> None:
-        self.server.waiting.pop(self.connection, None)
-
-    def handle(self) -> None:
-        if self._is_for_runner():
-            self.server.runner.hand_over(self.connection)
-            return
-        with contextlib.suppress(OSError):  # it went away, or was too slow
-            while self._serve_request():
-                pass
-
-    def _wait_at_most(self, seconds: float) -> None:
-        """Have the kernel bound each wait; Python's own timeout would cost a poll before each call."""
-        if seconds != self.patience:
-            self.patience = seconds
-            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def _is_for_runner(self) -> bool:
-        """Look at the first request without taking it: is it a WebSocket's opening handshake for /runner?"""
-        self.server.waiting[self.connection] = None
-        head, deadline = self._peek(IDLE_SECONDS, 1), time.monotonic() + HEAD_SECONDS
-        if not RUNNER_START.match(head):
-            return False
-        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            more = self._peek(deadline - time.monotonic(), len(head) + 1)
-            if len(more) <= len(head):
-                break
-            head = more
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return bool(UPGRADE_HEADER.search(head)) and self._stays()
-
-    def _peek(self, seconds: float, at_least: int) -> bytes:
-        """Give what has come once it is `at_least` so many bytes; b"" where it does not in time."""
-        try:
-            self._wait_at_most(max(seconds, 0.001))
-            if at_least > 1:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
-            return self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
-        except OSError:
-            return b""
-
-    def _stays(self) -> bool:
-        """End the wait for a request; False where this connection had to give up its place."""
-        return self.server.waiting.pop(self.connection, True) is None
-
-    def _serve_request(self) -> bool:
-        request = None
-        try:
-            head = self._read_head()
-            if head is None:
-                return False
-            request = parse_head(head)
-            self.server.access.check(request)
-            request.body = self._read_body(request)
-            if not self._stays():
-                return False
-            response = self.server.api.answer(request)
-        except BadFraming as error:
-            self._respond(problem(error), close=True)
-            self._linger()
-            return False
-        except ApiError as error:
-            response = problem(error)
-        close = not request or not request.keep_alive or len(request.body) < request.content_length
-        self._respond(response, close, request)
-        if close and request and len(request.body) < request.content_length:
-            self._linger()
-        return not close
-
-    def _read_head(self) -> bytes | None:
-        """Give the next request's head; None where the client has gone, or was idle for too long."""
-        self.server.waiting[self.connection] = None
-        deadline = None
-        while (end := self.received.find(b"\r\n\r\n")) < 0:
-            if len(self.received) > MAX_HEAD_BYTES:
-                raise BadFraming(
-                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes"
-                )
-            if self.received and deadline is None:
-                deadline = time.monotonic() + HEAD_SECONDS
-            if not self._receive_more(deadline):
-                if self.received.strip():
-                    raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time, or not whole")
-                return None
-        head = bytes(self.received[:end])
-        del self.received[: end + 4]
-        return head
-
-    def _read_body(self, request: Request) -> bytes:
-        if request.content_length > len(self.received) and "expect" in request.headers:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_SECONDS
-        while len(self.received) < request.content_length:
-            if not self._receive_more(deadline):
-                raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
-        body = bytes(self.received[: request.content_length])
-        del self.received[: request.content_length]
-        return body
-
-    def _receive_more(self, deadline: float | None) -> bool:
-        left = IDLE_SECONDS if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            return False
-        self._wait_at_most(left)
-        try:
-            more = self.connection.recv(65536)
-        except BlockingIOError:
-            return False
-        self.received += more
-        return bool(more)
-
-    def _respond(self, response: Response, close: bool, request: Request | None = None) -> None:
-        self._wait_at_most(IDLE_SECONDS)
-        with_body = not request or request.method != "HEAD"
-        if isinstance(response.body, bytes):
-            head = response.head(close, f"Content-Length: {len(response.body)}\r\n")
-            self.connection.sendall(head + response.body if with_body else head)
-            return
-        chunked = not request or request.http_1_1
-        self.connection.sendall(response.head(close, "Transfer-Encoding: chunked\r\n" * chunked))
-        if with_body:
-            for piece in response.body:
-                if piece:
-                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                elif self._client_is_gone():
-                    raise ConnectionAbortedError
-            self.connection.sendall(b"0\r\n\r\n" * chunked)
-
-    def _client_is_gone(self) -> bool:
-        try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-
-    def _linger(self) -> None:
-        """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
-        self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while self._receive_more(deadline) and len(self.received) < MAX_BODY_BYTES:
-            self.received.clear()
-
-
-class RunnerListener(socket.socket):
-    """A listening socket for the websockets server whose connections come from the HTTP side.
-
-    It is one end of a socket pair: a byte on the other end makes it readable, `accept` takes the connection.
-    """
-
-    def __init__(self) -> None:
-        ours, self._bell = socket.socketpair()
-        super().__init__(ours.family, ours.type, fileno=ours.detach())
-        self._handed_over: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
-
-    def hand_over(self, connection: socket.socket) -> None:
-        """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
-        self._handed_over.put(socket.socket(fileno=connection.detach()))
-        self._bell.send(b"!")
-
-    def listen(self, backlog: int = 0, /) -> None:
-        """Do nothing: there is nothing to bind or to listen to."""
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """Give the next connection that was handed over; BlockingIOError where there is none."""
-        self.recv(1)
-        connection = self._handed_over.get_nowait()
-        try:
-            return connection, connection.getpeername()
-        except OSError as error:
-            connection.close()
-            raise ConnectionAbortedError from error
-
-
-class Access:
-    """Who may do what: tokens, and what protects a browser's user from pages of other sites."""
-
-    def __init__(self, host: str, tokens: dict[str, set[str]]) -> None:
-        self.tokens = tokens
-        self.hosts = {"localhost", host.lower(), socket.gethostname().lower()}
-
-    def check(self, request: Request) -> None:
-        """Raise ApiError for a request that must not be served."""
-        page = request.path == "/" and request.method == "GET"  # anyone may link to the dashboard
-        host, origin = request.headers["host"], request.headers.get("origin")
-        if not self.tokens["api"] and not self._knows(host):
-            raise ApiError(
-                HTTPStatus.FORBIDDEN, f"the Host {host!r} is not served; use localhost, an address, or a token"
-            )
-        foreign = origin is not None and origin.partition("://")[2] != host
-        if not page and (foreign or request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")):
-            raise ApiError(HTTPStatus.FORBIDDEN, "a page of another site may not do this")
-        if not page and request.path != "/healthz" and not self.allows("api", request.headers.get("authorization")):
-            detail = "this needs a token: Authorization: Bearer TOKEN"
-            raise ApiError(HTTPStatus.UNAUTHORIZED, detail, **{"WWW-Authenticate": "Bearer"})
-
-    def _knows(self, host: str) -> bool:
-        name = re.sub(r":[0-9]*$", "", host).lower()
-        if name in self.hosts:
-            return True
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return False
-        return True  # a page can give its own name another address, but can't have an address for a name
-
-    def allows(self, scope: str, authorization: str | None) -> bool:
-        """Whether a request with this Authorization header may use "api" or "worker"; all may where no token is set."""
-        tokens = self.tokens[scope]
-        scheme, _, value = (authorization or "").partition(" ")
-        given = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
-        return not tokens or sum(hmac.compare_digest(given, token.encode()) for token in tokens) > 0
-
-    def check_runner(self, connection: ServerConnection, request: websockets.http11.Request) -> Any:
-        """Answer a worker's opening handshake with 401 where its token is not right."""
-        given = request.headers.get_all("Authorization")
-        if self.allows("worker", given[0] if len(given) == 1 else None):
-            return None
-        return connection.respond(HTTPStatus.UNAUTHORIZED, "this needs a worker's token: --token-file\n")
-
-
-@dataclass(slots=True)
-class Response:
-    body: bytes | Iterator[bytes]
-    status: HTTPStatus = HTTPStatus.OK
-    content_type: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def head(self, close: bool, length: str) -> bytes:
-        extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-        return (
-            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\nContent-Type: {self.content_type}\r\n{length}"
-            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-            f"{extra}{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n"
-        ).encode("latin-1", "replace")
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)
-
-
-JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def as_json(value: object) -> bytes:
-    return JSON_ENCODER.encode(value).encode()
-
-
-def problem(error: ApiError) -> Response:
-    status = error.status
-    body = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": error.detail}
-    return Response(as_json(body), status, "application/problem+json", error.headers)
 
 
 def timestamp(seconds: float | None) -> str | None:
@@ -548,7 +102,7 @@ class Api:
             return self.store.do(function, *args).result()
         except KeyError as error:
             raise ApiError(HTTPStatus.NOT_FOUND, f"there is no job with id {error.args[0]}") from error
-        except store.Conflict as error:
+        except state.Conflict as error:
             raise ApiError(HTTPStatus.CONFLICT, str(error)) from error
 
     # Jobs
@@ -559,7 +113,7 @@ class Api:
         key = idempotency_key(request)
         job = self._new_job(name, read_json(request.body) if request.body else {}, key)
         self._check_workers()
-        (id_,) = self._do(store.add, [job], time.time())
+        (id_,) = self._do(state.add, [job], time.time())
         if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
         row = self._wait(id_, wait)
@@ -576,7 +130,7 @@ class Api:
             for number, item in enumerate(items)
         ]
         self._check_workers()
-        ids = self._do(store.add, jobs, time.time())
+        ids = self._do(state.add, jobs, time.time())
         made = [job_json(id_, job.name, "queued") for id_, job in zip(ids, jobs, strict=True)]
         return Response(as_json(made))
 
@@ -616,9 +170,9 @@ class Api:
     def get_jobs(self, request: Request) -> Response:
         query = request.query("state", "name", "limit", "after", "before", "full")
         states = list(dict.fromkeys(query["state"].split(","))) if "state" in query else []
-        for state in states:
-            if state not in store.STATES:
-                raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {state!r}; there are: {', '.join(store.STATES)}")
+        for wanted in states:
+            if wanted not in state.STATES:
+                raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {wanted!r}; there are: {', '.join(state.STATES)}")
         limit = integer(query, "limit", 1, MAX_JOB_ID)
         before, after = integer(query, "before", 0, MAX_JOB_ID), integer(query, "after", 0, MAX_JOB_ID) or 0
         if before is not None and limit is None:
@@ -630,10 +184,10 @@ class Api:
         self, states: list[str], name: str | None, after: int, before: int | None, limit: int | None
     ) -> Iterator[list[sqlite3.Row]]:
         if before is not None:
-            yield self._do(store.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
+            yield self._do(state.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
             return
         left = MAX_JOB_ID if limit is None else limit
-        while left > 0 and (rows := self._do(store.page, states, name, after, None, min(left, PAGE_JOBS))):
+        while left > 0 and (rows := self._do(state.page, states, name, after, None, min(left, PAGE_JOBS))):
             yield rows
             after, left = rows[-1]["id"], left - len(rows)
 
@@ -654,7 +208,7 @@ class Api:
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
-            row, changed = self._do(store.get_and_watch, job, wait > 0)
+            row, changed = self._do(state.get_and_watch, job, wait > 0)
             if changed is None:
                 return row
             try:
@@ -697,34 +251,34 @@ class Api:
             return f"no worker has the tag{'s' * (len(config.tags) > 1)} {', '.join(config.tags)}"
         if not any(name in configs.names_for(worker.tags, worker.protocol_version) for worker in workers):
             return "no connected worker speaks version 2 of the protocol, which this job needs"
-        if config.concurrency and (active := self._do(store.count_active, name)) >= config.concurrency:
+        if config.concurrency and (active := self._do(state.count_active, name)) >= config.concurrency:
             return f"{active} of {config.concurrency} running"
         return "all slots are busy"
 
     def delete_job(self, request: Request, id_: str) -> Response:
         request.query()
-        row = self._do(store.cancel, job_id(id_), time.time())
+        row = self._do(state.cancel, job_id(id_), time.time())
         if row["worker"] is not None:
             running = row["state"] == "running"
             stop = self.dispatcher.stop
             self.loop.call_soon_threadsafe(stop, row["worker"], row["id"], row["attempt"], running)
-        return Response(as_json(self.show(self._do(store.get, row["id"]))))
+        return Response(as_json(self.show(self._do(state.get, row["id"]))))
 
     def retry_job(self, request: Request, id_: str) -> Response:
         request.query()
-        row = self._do(store.get, job_id(id_))
-        if row["state"] not in store.FINAL_STATES:
+        row = self._do(state.get, job_id(id_))
+        if row["state"] not in state.FINAL_STATES:
             raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
         body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
         job = self._new_job(row["name"], body, idempotency_key(request))
         self._check_workers()
-        (new_id,) = self._do(store.add, [job], time.time())
+        (new_id,) = self._do(state.add, [job], time.time())
         return Response(as_json(job_json(new_id, job.name, "queued")))
 
     def get_attempts(self, request: Request, id_: str) -> Response:
         request.query()
-        row = self._do(store.get, job_id(id_))
-        attempts = [*self._do(store.attempts, row["id"]), *([row] if row["attempt"] else [])]
+        row = self._do(state.get, job_id(id_))
+        attempts = [*self._do(state.attempts, row["id"]), *([row] if row["attempt"] else [])]
         keys = ("attempt", "worker_name", "started_at", "finished_at", "exit_code", "reason", "log_bytes")
         shown = [{key.removesuffix("_name"): attempt[key] for key in keys} for attempt in attempts]
         for attempt in shown:
@@ -735,18 +289,18 @@ class Api:
 
     def get_log(self, request: Request, id_: str) -> Response:
         query = request.query("follow", "tail", "offset", "attempt")
-        row = self._do(store.get, job_id(id_))
+        row = self._do(state.get, job_id(id_))
         attempt = integer(query, "attempt", 1, MAX_JOB_ID) or row["attempt"]
         offset, tail = integer(query, "offset", 0, 2**62) or 0, integer(query, "tail", 0, MAX_JOB_ID)
         if tail is not None:
-            offset = max(offset, self._do(store.tail_offset, row["id"], attempt, tail))
+            offset = max(offset, self._do(state.tail_offset, row["id"], attempt, tail))
         follow = flag(query, "follow")
         pieces = self._follow(row["id"], attempt, offset) if follow else self._read_log(row["id"], attempt, offset)
         return Response(pieces, content_type="text/plain; charset=utf-8", headers=UNBUFFERED if follow else {})
 
     def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
         """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
-        while pieces := self._do(store.read_log, job, attempt, offset):
+        while pieces := self._do(state.read_log, job, attempt, offset):
             for start, data in pieces:
                 if start > offset:
                     yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)
@@ -756,7 +310,7 @@ class Api:
 
     def _follow(self, job: int, attempt: int, offset: int) -> Iterator[bytes]:
         while True:
-            row, changed = self._do(store.get_and_watch, job, True)
+            row, changed = self._do(state.get_and_watch, job, True)
             if not attempt:
                 attempt = row["attempt"]
             offset = yield from self._read_log(job, attempt, offset)
@@ -808,7 +362,7 @@ class Api:
 
     def get_metrics(self, request: Request) -> Response:
         request.query()
-        oldest = self._do(store.oldest_ready)
+        oldest = self._do(state.oldest_ready)
         latency = 0.0 if oldest is None else max(time.time() - oldest, 0)
         text = self.metrics.text(self.store.counts, self.dispatcher, latency)
         return Response(text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
@@ -991,7 +545,7 @@ class Events:
         if len(jobs) > MAX_EVENT_JOBS:
             parts.append(event("reset", {}))
         else:
-            rows = self.store.do(store.get_many, jobs).result() if jobs else []
+            rows = self.store.do(state.get_many, jobs).result() if jobs else []
             parts += [event("job", self.show(row)) for row in rows]
         return b"".join(parts) + event("stats", ticks[-1].stats, until)
 
@@ -1013,10 +567,10 @@ class Metrics:
         self.durations: dict[str, list[float]] = {}
         self.waits: dict[str, list[float]] = {}
 
-    def observe(self, finished: Iterable[store.Finished]) -> None:
+    def observe(self, finished: Iterable[state.Finished]) -> None:
         """Count jobs that ended. Called on the event loop."""
-        for _id, name, state, created_at, started_at, finished_at in finished:
-            self.finished[name, state] += 1
+        for _id, name, ended, created_at, started_at, finished_at in finished:
+            self.finished[name, ended] += 1
             if started_at is not None:  # by a clock that may have jumped meanwhile
                 self._add(self.durations, name, max(finished_at - started_at, 0))
                 self._add(self.waits, name, max(started_at - created_at, 0))

@@ -1,0 +1,295 @@
+"""The engine's command: from a job's configuration to the words of `docker run`, and from its words to results.
+
+It knows nothing of the wire, of sessions or of the life of an attempt.
+"""
+
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import math
+import os
+import re
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, NamedTuple
+
+ENGINE_RETRY_SECONDS = 1
+ENGINE_PATIENCE_SECONDS = 30
+KILLED = 137
+UNREACHABLE = re.compile("cannot connect to the docker daemon|error during connect|connection refused", re.IGNORECASE)
+
+log = logging.getLogger("worker")
+
+
+class EngineAway(Exception):
+    """The Docker engine has not answered for ENGINE_PATIENCE_SECONDS."""
+
+
+class Docker:
+    """The docker command. Short calls go through the loop; `run` blocks a thread until the container has ended."""
+
+    def __init__(self, command: str, slots: int) -> None:
+        self.command = command
+        self._environment = dict(os.environb)
+        self._to_run: SimpleQueue[tuple[Command, int, asyncio.Future[int]]] = SimpleQueue()
+        for _ in range(slots):
+            threading.Thread(target=self._run_all, name="run", daemon=True).start()
+
+    async def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Run `docker ARGUMENTS`; give its exit code, stdout and stderr. Ends it when cancelled."""
+        process = await self._start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        out, err = await self._end(process)
+        return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
+
+    async def insist(self, *arguments: str, patience: float = math.inf) -> tuple[int, str, str]:
+        """The same, again and again while the engine does not answer, or the command was killed.
+
+        Raises EngineAway when that has taken `patience` seconds.
+        """
+        deadline = time.monotonic() + patience
+        while True:
+            code, out, err = await self(*arguments)
+            if code == 0 or (code > 0 and not UNREACHABLE.search(err)):
+                return code, out, err
+            if time.monotonic() > deadline:
+                raise EngineAway(err.strip())
+            log.warning("docker %s did not get an answer; trying again: %s", arguments[0], err.strip() or code)
+            await asyncio.sleep(ENGINE_RETRY_SECONDS)
+
+    def _start(self, *arguments: str, **streams: Any) -> Any:
+        return asyncio.create_subprocess_exec(
+            self.command, *arguments, stdin=subprocess.DEVNULL, process_group=0, **streams
+        )
+
+    async def run(self, command: "Command", output: int) -> int:
+        """Start a container and wait for its end, its output going to a file descriptor; the exit code."""
+        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._to_run.put((command, output, ended))
+        return await asyncio.shield(ended)  # its thread settles it, even where nobody waits any more
+
+    def _run_all(self) -> None:
+        """Run one command after the other: what an executor does, at half of its cost for each."""
+        while True:
+            command, output, ended = self._to_run.get()
+            try:
+                settle = functools.partial(ended.set_result, self._run(command, output))
+            except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to who waits for it
+                settle = functools.partial(ended.set_exception, error)
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is leaving
+                ended.get_loop().call_soon_threadsafe(settle)
+
+    def _run(self, command: "Command", output: int) -> int:
+        try:
+            # A group of its own: Ctrl-C is for the worker, which decides what becomes of the container.
+            return subprocess.run(
+                [self.command, *command.arguments],
+                **({"input": command.stdin.encode()} if command.stdin else {"stdin": subprocess.DEVNULL}),
+                stdout=output,
+                stderr=output,
+                env=self._environment
+                | {os.fsencode(key): os.fsencode(text) for key, text in command.variables.items()},
+                process_group=0,
+                check=False,
+            ).returncode
+        finally:
+            os.close(output)
+
+    async def follow(self, container: str, output: int) -> bool:
+        """Copy what a container wrote, from its start, and writes until it ends; whether that was all."""
+        process = await self._start("logs", "--follow", container, stdout=output, stderr=output)
+        await self._end(process)
+        return bool(process.returncode == 0)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+        """Wait for a command's end and give its output; where the wait is cancelled, the command ends with it."""
+        try:
+            return await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+
+    async def state(self, container: str) -> dict[str, Any] | None:
+        """Give `docker inspect`'s State of a container, or None where it says nothing. Waits for an engine."""
+        _code, out, _err = await self.insist(
+            "inspect", "--type", "container", "--format", "{{json .State}}", container, patience=ENGINE_PATIENCE_SECONDS
+        )
+        with contextlib.suppress(ValueError):
+            state = json.loads(out)
+            return state if isinstance(state, dict) else None
+        return None
+
+    async def has_image(self, image: str) -> bool:
+        code, _out, err = await self.insist(
+            "image", "inspect", "--format", "{{.Id}}", image, patience=ENGINE_PATIENCE_SECONDS
+        )
+        return not (code and "no such image" in err.lower())
+
+    async def containers(self, labels: dict[str, str]) -> list[tuple[int, int, str, str, str]]:
+        """Give (job, attempt, state, container, job's name) of each container with these labels."""
+        filters = [word for key, value in labels.items() for word in ("--filter", f"label={key}={value}")]
+        fields = ['{{.Label "jobworker.job"}}', '{{.Label "jobworker.attempt"}}', "{{.State}}", "{{.Names}}"]
+        columns = "\t".join([*fields, '{{.Label "jobworker.name"}}'])
+        _code, out, _err = await self.insist("ps", "--all", "--no-trunc", *filters, "--format", columns)
+        lines = [line.split("\t") for line in out.splitlines()]
+        return [
+            (int(job), int(attempt), state, container, name)
+            for job, attempt, state, container, name in (line for line in lines if len(line) == 5)
+            if job.isdecimal() and attempt.isdecimal()
+        ]
+
+    async def remove(self, containers: list[str], force: bool = True) -> bool:
+        """Remove containers with their anonymous volumes, running ones only by force; whether all are gone."""
+        code, _out, err = await self("rm", *["--force"] * force, "--volumes", *containers)
+        return code == 0 or (code > 0 and all("no such container" in line.lower() for line in err.splitlines()))
+
+
+# From a configuration's key to its option of `docker run`: once for each entry of a list or map; true is the option
+# alone. pull_policy, timeout and pull_timeout have none: the worker itself sees to them.
+FLAGS = {
+    "volumes": "--volume",
+    "working_dir": "--workdir",
+    "user": "--user",
+    "network_mode": "--network",
+    "mem_limit": "--memory",
+    "cpus": "--cpus",
+    "pids_limit": "--pids-limit",
+    "platform": "--platform",
+    "init": "--init",
+    "labels": "--label",
+    "stop_grace_period": "--stop-timeout",
+}
+# The engine's own default has no bound.
+LOG_FLAGS = ["--log-driver", "json-file", "--log-opt", "max-size=10m", "--log-opt", "max-file=3"]
+
+WORD_LIMIT_BYTES = 128 * 1024  # Linux's MAX_ARG_STRLEN
+NO_WORD = re.compile("[\0\ud800-\udfff]")
+
+# Variables that would change the docker command or what it is made of and starts: Go, the loader, ssh, credentials.
+DOCKERS_OWN_VARIABLE = re.compile(
+    r"PATH|HOME|USER|LOGNAME|PWD|SHELL|TERM|TZ|TMPDIR|LANG|LC_.*|COLUMNS|NO_COLOR|ENV|BASH_.*|IFS|LD_.*|DYLD_.*"
+    r"|GLIBC_.*|MALLOC_.*|GCONV_PATH|LOCPATH|HOSTALIASES|LOCALDOMAIN|RES_OPTIONS|GO[A-Z0-9]+|ZONEINFO|GRPC_.*|PYTHON.*"
+    r"|(HTTPS?|ALL|NO)_PROXY|REQUEST_METHOD|SSL_CERT_(FILE|DIR)|SSH_(AUTH_SOCK|ASKPASS.*)|XDG_.*|DBUS_.*|GNUPGHOME"
+    r"|PASSWORD_STORE_.*|DOCKER_.*|BUILDKIT_.*|BUILDX_.*|OTEL_.*|LISTEN_.*|NOTIFY_SOCKET|REGISTRY_AUTH_FILE"
+    r"|_?CONTAINERS?_.*|CONTAINERD_.*|NERDCTL_.*|PODMAN_.*|STORAGE_(DRIVER|OPTS)",
+    re.IGNORECASE,
+)
+
+
+class Command(NamedTuple):
+    """What to run: arguments after `docker`, variables for its environment, and what it reads on its standard input."""
+
+    arguments: list[str]
+    variables: dict[str, str]
+    stdin: str
+
+
+def docker_run_command(
+    config: dict[str, Any], container: str, labels: dict[str, str], environment: dict[str, str], version: int = 2
+) -> Command:
+    """Give the `docker run` of a job's configuration, as in JobConfigs.
+
+    environment: the job's own, over the configuration's; no value becomes an argument, which `ps` would show to all.
+    A version 1 server's command is one argument, whatever it holds. Raises ValueError for what docker can't be told.
+    """
+    everything: dict[str, str | None] = config.get("environment", {}) | environment
+    values = {name: value for name, value in everything.items() if value is not None}
+    filed = [name for name in values if DOCKERS_OWN_VARIABLE.fullmatch(name)]
+    command = config.get("command")
+    tail = [command] if version == 1 and command is not None else words(command)
+    arguments = ["run", "--pull", "never", "--name", container, *LOG_FLAGS, *option("--label", labels)]
+    for key, flag in FLAGS.items():
+        arguments += option(flag, config.get(key))
+    if config.get("entrypoint") is not None:
+        first, *rest = words(config["entrypoint"]) or [""]  # "" takes the image's own away
+        arguments += ["--entrypoint", first]
+        tail = rest + tail
+    arguments += ["--env-file", "/dev/stdin"] * bool(filed)
+    arguments += option("--env", [name for name in everything if name not in filed])
+    arguments += [*config.get("options", []), "--", config["image"], *tail]
+    for text in (*arguments, *everything, *values.values()):
+        if not isinstance(text, str) or NO_WORD.search(text) or len(text.encode()) >= WORD_LIMIT_BYTES:
+            raise ValueError(f"{text!r:.60} can be no argument and no variable: no text, too long, or with a NUL in it")
+    stdin = "".join(file_line(name, values.pop(name)) for name in filed)
+    return Command(arguments, values, stdin)
+
+
+def option(flag: str, value: Any) -> list[str]:
+    if isinstance(value, dict):
+        value = [f"{key}={text}" for key, text in value.items()]
+    if isinstance(value, list):
+        return [word for text in value for word in (flag, text)]
+    if value is None or isinstance(value, bool):
+        return [flag] * bool(value)
+    return [flag, str(value)]
+
+
+def words(value: str | list[str] | None) -> list[str]:
+    """Give the words of a command: a list as it is, a string split as Compose splits it."""
+    return shlex.split(value) if isinstance(value, str) else value or []
+
+
+def file_line(name: str, value: str) -> str:
+    if "\n" in value or "\r" in value:
+        raise ValueError(f"{name} must be one line: docker has a variable of that name itself, so it goes by a file")
+    return f"{name}={value}\n"
+
+
+def is_running(state: dict[str, Any]) -> bool:
+    return state.get("Status") in ("running", "paused", "restarting")
+
+
+def has_other_code(state: dict[str, Any], code: int) -> bool:
+    return state.get("Status") != "created" and state.get("ExitCode") != code
+
+
+def exit_of_command(code: int | None) -> tuple[int | None, str]:
+    """Give the exit code and the failure's reason where `docker inspect` says nothing and `docker run`'s own counts."""
+    if code is None or code < 0:
+        return None, "docker"
+    return code, "docker" if code >= 125 else "exit"
+
+
+def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
+    """Give the exit code and the failure's reason from `docker inspect`'s State of a container that does not run."""
+    if state.get("Status") == "created" or str(state.get("StartedAt")).startswith("0001-"):
+        return None, "docker"  # it never started
+    code = int(state.get("ExitCode") or 0)
+    return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
+
+
+def seconds_since(moment: str) -> float:
+    """How long ago a moment was that docker gives, such as 2026-01-31T12:00:00.123456789Z; 0 where it gives none."""
+    try:
+        began = datetime.fromisoformat(re.sub(r"\.\d+", "", moment))
+    except ValueError:
+        return 0
+    return max((datetime.now(UTC) - began).total_seconds(), 0)
+
+
+def end_orphans(labels: dict[str, str]) -> None:
+    """End `docker run` commands that outlived the worker that started them, before they start one more container.
+
+    The containers that they have started run on. Looks in /proc; elsewhere than on Linux there is nothing to see.
+    """
+    wanted = {f"{key}={value}".encode() for key, value in labels.items()}
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"run" in arguments and wanted <= set(arguments) and int(entry.name) != os.getpid():
+                os.kill(int(entry.name), signal.SIGKILL)
+                wait_for_end(entry)
+
+
+def wait_for_end(process: Path) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and (process / "cmdline").exists() and (process / "cmdline").read_bytes():
+        time.sleep(0.01)
