@@ -28,12 +28,14 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 import protocol
-import server as server_module
 from jobworker import VERSION
 from jobworker import api as api_module
+from jobworker import state as state_module
+from jobworker.metrics import metrics_text
+from jobworker.state import Arrival, Totals
+from jobworker.store import Store
 from test_jobworker import (
     JOBS,
-    ROOT,
     SMUGGLED,
     VERSION_2,
     Events,
@@ -51,7 +53,7 @@ from test_jobworker import (
 
 # -- the description ---------------------------------------------------------------------------------------------------
 
-OPENAPI = json.loads((ROOT / "jobworker" / "openapi.json").read_text())
+OPENAPI = json.loads(api_module.description())
 OPERATIONS = {
     (method.upper(), path): operation for path, item in OPENAPI["paths"].items() for method, operation in item.items()
 }
@@ -135,9 +137,28 @@ class TestOpenApi:
         return server
 
     def test_every_route_is_described_and_every_description_has_its_route(self) -> None:
-        routes = [(method, pattern.pattern.replace("([^/]+)", "{}")) for method, pattern, _ in api_module.ROUTES]
-        described = [(method, re.sub(r"\{\w+\}", "{}", path)) for method, path in OPERATIONS]
-        assert sorted(routes) == sorted(described)
+        assert sorted((route.method, route.path) for route in api_module.ROUTES) == sorted(OPERATIONS)
+
+    def test_every_parameter_of_a_route_is_described_and_no_other(self) -> None:
+        for route in api_module.ROUTES:
+            described = OPERATIONS[route.method, route.path].get("parameters", [])
+            assert [(each["name"], each["in"], each["description"]) for each in described] == [
+                (parameter.name, parameter.place, parameter.sentence) for parameter in route.parameters
+            ]
+
+    def test_a_parameter_out_of_its_described_range_is_refused(self, server: Server) -> None:
+        """What the description says of a number's range is what the reader of it refuses."""
+        checked = 0
+        for (method, path), operation in OPERATIONS.items():
+            for parameter in operation.get("parameters", []):
+                schema = resolve(parameter["schema"])
+                if method == "GET" and parameter["in"] == "query" and "maximum" in schema:
+                    checked += 1
+                    filled = path.replace("{job}", "1")
+                    for value in (schema["minimum"] - 1, schema["maximum"] + 1):
+                        query = f"{filled}?{parameter['name']}={value}"
+                        assert parameter["name"] in problem(server.http("GET", query, headers=bearer("letmein")), 400)
+        assert checked >= 6
 
     def test_it_is_valid(self) -> None:
         schemathesis.openapi.from_dict(OPENAPI).validate()
@@ -149,7 +170,7 @@ class TestOpenApi:
         assert all(resolve({"$ref": reference}) for reference in references)
         pieces = {
             f"#/components/{kind}/{name}"
-            for kind in ("parameters", "responses", "schemas")
+            for kind in ("links", "responses", "schemas")
             for name in OPENAPI["components"][kind]
         }
         in_prose = {"#/components/schemas/Stats"}  # the data of an event is text to JSON Schema
@@ -184,7 +205,7 @@ class TestOpenApi:
 
     def test_it_is_served_as_it_is(self, server: Server) -> None:
         reply = server.http("GET", "/openapi.json", headers=bearer("letmein"))
-        assert reply.body == (ROOT / "jobworker" / "openapi.json").read_bytes()
+        assert reply.body == api_module.description()
         assert reply.headers["Content-Type"] == "application/json"
 
     def test_every_key_of_every_object_is_described(self, server: Server) -> None:
@@ -241,7 +262,8 @@ class TestOpenApi:
         (tmp_path / "hooks.py").write_text(SCHEMATHESIS_HOOKS)
         (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS_CONFIG)
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run"]
-        command += [str(ROOT / "jobworker" / "openapi.json"), "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
+        (tmp_path / "openapi.json").write_bytes(api_module.description())
+        command += ["openapi.json", "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
         command += ["--header", "Authorization: Bearer letmein", "--exclude-path", "/api/events"]
         command += ["--max-examples", "40", "--seed", "1"]
         found = subprocess.run(
@@ -579,10 +601,10 @@ class TestMetrics:
         assert Metrics(server)("build_info", version=server.get("/healthz")["version"]) == 1
 
     def test_a_name_cannot_add_a_line(self) -> None:
-        metrics = api_module.Metrics()
+        totals = Totals()
         name = 'a"} 1\njobworker_jobs{state="forged\\'
-        metrics.finished[name, "success"] = 1
-        text = metrics.text({}, server_module.Dispatcher(server_module.Configs([]), 1), 0)
+        totals.finished[name, "success"] = 1
+        text = metrics_text({"jobs": {}, "queue_latency": 0}, [], totals)
         [family] = [one for one in text_string_to_metric_families(text) if one.name == "jobworker_jobs_finished"]
         assert [sample.labels["name"] for sample in family.samples] == [name]
 
@@ -601,13 +623,41 @@ def events_of(stream: Iterator[bytes], count: int) -> list[tuple[str, Any, str |
     return found
 
 
+class Ring:
+    """A store's ticks, and who listens to them; what changes is a worker, number by number."""
+
+    def __init__(self) -> None:
+        self.store = Store(":memory:").start()
+        self.events = api_module.Events(self.store, lambda _rows: [])
+        self.now = 1.0
+        self.tick()
+
+    def tick(self) -> None:
+        self.store.do(state_module.tick, self.now).result()
+
+    def publish(self, number: int) -> None:
+        """A worker of this number changes, and a moment ends."""
+        about = Arrival(f"w{number}", 2, 0, (), "127.0.0.1:5", "0", 0.0, ())
+        self.store.do(state_module.attach, about, self.now, lambda *_: None).result()
+        self.tick()
+
+    @property
+    def ticks(self) -> list[state_module.Tick]:
+        ticks: list[state_module.Tick] = self.store.do(lambda db: list(db.ticks)).result()
+        return ticks
+
+    def close(self) -> None:
+        self.store.close()
+
+
 class TestEvents:
     """/api/events: what a listener may rely on."""
 
     @pytest.fixture
-    def ring(self) -> api_module.Events:
+    def ring(self) -> Iterator[Ring]:
         """The ring of events alone, without a server and its clock."""
-        return api_module.Events(None)  # type: ignore[arg-type]
+        with contextlib.closing(Ring()) as ring:
+            yield ring
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -632,14 +682,12 @@ class TestEvents:
                 heard.append(events.next("job")["id"])
         assert heard == [*missed, last]
 
-    def test_every_id_along_the_way_is_a_place_to_resume(self, ring: api_module.Events) -> None:
+    def test_every_id_along_the_way_is_a_place_to_resume(self, ring: Ring) -> None:
         for number in range(1, 6):
-            ring.publish(frozenset(), [{"id": number}], {})
-        stream = ring.stream(0)
-        events_of(stream, 2)
-        ids = [tick.id for tick in ring._ticks]
+            ring.publish(number)
+        ids = [tick.id for tick in ring.ticks][1:]
         for position, last_id in enumerate(ids[:-1]):
-            stream = ring.stream(last_id)
+            stream = ring.events.stream(last_id)
             kinds = events_of(stream, 1 + len(ids) - 1 - position)
             assert [data["id"] for kind, data, _ in kinds if kind == "worker"] == list(range(position + 1, 6))
 
@@ -663,24 +711,25 @@ class TestEvents:
         with Events(server, last_id) as events:
             assert events.next("reset") == {}
 
-    def test_an_id_that_has_left_the_ring_is_answered_with_a_reset(self, ring: api_module.Events) -> None:
-        oldest = ring._ticks[0].id
-        for number in range(api_module.RING_TICKS - 1):
-            ring.publish(frozenset(), [{"id": number}], {})
-        assert events_of(ring.stream(oldest), 2)[1][0] == "worker"
-        ring.publish(frozenset(), [{"id": 0}], {})
-        assert [kind for kind, _, _ in events_of(ring.stream(oldest), 2)] == ["stats", "reset"]
+    def test_an_id_that_has_left_the_ring_is_answered_with_a_reset(self, ring: Ring) -> None:
+        oldest = ring.ticks[0].id
+        for number in range(state_module.RING_TICKS - len(ring.ticks)):
+            ring.publish(number)
+        assert events_of(ring.events.stream(oldest), 2)[1][0] == "worker"
+        ring.publish(0)
+        assert [kind for kind, _, _ in events_of(ring.events.stream(oldest), 2)] == ["stats", "reset"]
 
-    def test_a_listener_too_slow_for_the_ring_is_told_to_reset(self, ring: api_module.Events) -> None:
-        stream = ring.stream(None)
+    def test_a_listener_too_slow_for_the_ring_is_told_to_reset(self, ring: Ring) -> None:
+        stream = ring.events.stream(None)
         events_of(stream, 1)
-        for number in range(api_module.RING_TICKS + 1):
-            ring.publish(frozenset(), [{"id": number}], {})
+        for number in range(state_module.RING_TICKS + 1):
+            ring.publish(number)
         [(kind, _, last_id)] = events_of(stream, 1)
         assert kind == "reset"
-        assert last_id == str(ring._ticks[-1].id)
-        ring.publish(frozenset(), [{"id": 7}], {})
-        assert events_of(stream, 2)[0][:2] == ("worker", {"id": 7})
+        assert last_id == str(ring.ticks[-1].id)
+        ring.publish(6)
+        [(kind, worker, _), *_] = events_of(stream, 2)
+        assert (kind, worker["name"]) == ("worker", "w6")
 
     def test_too_many_changed_jobs_are_a_reset(self, server: Server) -> None:
         with Events(server) as events:
@@ -688,19 +737,20 @@ class TestEvents:
             assert events.next("reset") == {}
             assert events.next("stats")["jobs"]["queued"] >= 300
 
-    def test_ids_go_on_growing_over_a_restart(self, ring: api_module.Events) -> None:
+    def test_ids_go_on_growing_over_a_restart(self, ring: Ring) -> None:
         for number in range(3):
-            ring.publish(frozenset(), [{"id": number}], {})
-        ids = [tick.id for tick in ring._ticks]
+            ring.publish(number)
+        ids = [tick.id for tick in ring.ticks]
         assert ids == sorted(set(ids))
-        time.sleep(0.01)
-        again = api_module.Events(None)  # type: ignore[arg-type]
-        assert again._ticks[0].id > ids[-1]
+        with contextlib.closing(Ring()) as again:
+            again.now = ring.now + 0.01
+            again.publish(0)
+            assert again.ticks[-1].id > ids[-1]
 
-    def test_silence_is_broken_by_comments(self, ring: api_module.Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_silence_is_broken_by_comments(self, ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
         assert api_module.HEARTBEAT_SECONDS <= 15
         monkeypatch.setattr(api_module, "HEARTBEAT_SECONDS", 0.05)
-        stream = ring.stream(None)
+        stream = ring.events.stream(None)
         events_of(stream, 1)
         for _ in range(3):
             comment = next(stream)
@@ -708,10 +758,11 @@ class TestEvents:
             assert comment.endswith(b"\n\n")
             assert b"event" not in comment
 
-    def test_what_changes_nothing_is_no_event(self, ring: api_module.Events) -> None:
+    def test_what_changes_nothing_is_no_event(self, ring: Ring) -> None:
+        ring.publish(1)
         for _ in range(3):
-            ring.publish(frozenset(), [], {"workers": 1})
-        assert [tick.stats for tick in ring._ticks] == [{}, {"workers": 1}]
+            ring.tick()
+        assert [tick.overview.get("workers") for tick in ring.ticks] == [None, 0, 1]
 
     def test_the_changes_of_a_moment_are_one_event_with_the_latest_state(self, server: Server) -> None:
         with Events(server) as events:

@@ -1,5 +1,6 @@
 """Thousands of random histories of the store against a simple model of it, looked at after every step."""
 
+import contextlib
 import random
 import re
 import shutil
@@ -7,6 +8,7 @@ import sqlite3
 import tempfile
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from jobworker import state as state_module
 from jobworker import store as store_module
-from jobworker.state import Conflict, NewJob, Offer
+from jobworker.state import Arrival, FreeSlots, NewJob
 from jobworker.store import Store
 
 RETRIES = {"once": 0, "again": 2, "alone": 0}
@@ -98,6 +100,13 @@ class Model:
             self.end_attempt(now, None, "lost")
 
 
+SCHEMA_1 = Path(__file__).resolve().parent.parent / "tests" / "schema-1.sqlite"  # made by jobworker 1.0.0
+
+
+def arrival(name: str, held: Any = (), since: float = 0.0) -> Arrival:
+    return Arrival(name, 2, 1, (), "127.0.0.1:5", "0", since, tuple(held))
+
+
 class StoreHistories(RuleBasedStateMachine):
     workers_seen = Bundle("workers_seen")
     attempts_seen = Bundle("attempts_seen")  # (worker, job, attempt), as a worker would name it; most go stale
@@ -107,8 +116,9 @@ class StoreHistories(RuleBasedStateMachine):
         self.folder = Path(
             tempfile.mkdtemp(prefix="store-state-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         )
-        self.store = Store(str(self.folder / "jobs.db"))
+        self.store = Store(str(self.folder / "jobs.db"), chance=random.Random(0)).start()
         self.now = 1_000.0
+        self.since: dict[int, float] = {}
         self.jobs: dict[int, Model] = {}
         self.last_id = 0
         self.connected: dict[int, str] = {}
@@ -116,8 +126,8 @@ class StoreHistories(RuleBasedStateMachine):
         self.expected: set[int] = set()
         self.before: dict[int, tuple[str, int, Any]] = {}
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(store_module, "LOG_HEAD_BYTES", 24)
-        self.patch.setattr(store_module, "LOG_TAIL_BYTES", 24)
+        self.patch.setattr(state_module, "LOG_HEAD_BYTES", 24)
+        self.patch.setattr(state_module, "LOG_TAIL_BYTES", 24)
 
     def teardown(self) -> None:
         self.store.close()
@@ -125,7 +135,14 @@ class StoreHistories(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
     def do(self, function: Any, *args: Any) -> Any:
-        return self.store.do(function, *args).result(10)
+        self.orders: list[Any] = []
+
+        def note_orders(db: state_module.Database) -> Any:
+            result = function(db, *args)
+            self.orders = [tuple(order) for order in db.notes.orders]
+            return result
+
+        return self.store.do(note_orders).result(10)
 
     @initialize(target=attempts_seen)
     def two_workers_with_a_job_each(self) -> Any:
@@ -160,8 +177,7 @@ class StoreHistories(RuleBasedStateMachine):
             every = [*self.jobs.values(), *added.values()]
             known = next((m for m in every if m.key is not None and m.key == job.idempotency_key), None)
             if known and known.name != job.name:
-                with pytest.raises(Conflict):
-                    self.do(state_module.add, jobs, self.now)
+                assert self.do(state_module.add, jobs, self.now).kind == "conflict"
                 return
             if not known:
                 due = self.now + job.delay if job.delay else None
@@ -193,16 +209,16 @@ class StoreHistories(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 10**6))
     def cancel(self, pick: int) -> None:
         if not self.jobs:
-            with pytest.raises(KeyError):
-                self.do(state_module.cancel, 1 + self.last_id, self.now)
+            assert self.do(state_module.cancel, 1 + self.last_id, self.now).kind == "unknown"
             return
         job = list(self.jobs.values())[pick % len(self.jobs)]
         if job.state in FINAL:
-            with pytest.raises(Conflict):
-                self.do(state_module.cancel, job.id, self.now)
+            assert self.do(state_module.cancel, job.id, self.now).kind == "conflict"
             return
         row = self.do(state_module.cancel, job.id, self.now)
-        assert (row["state"], row["attempt"], row["worker"]) == (job.state, job.attempt, job.worker)
+        order = (job.worker, job.id, job.attempt, job.state == "running")
+        assert self.orders == ([order] if job.worker else [])
+        assert (row["attempt"], row["worker"]) == (job.attempt, job.worker)
         if job.state == "running":
             job.cancelling = True
         else:
@@ -224,7 +240,9 @@ class StoreHistories(RuleBasedStateMachine):
             else [(m.id, m.attempt, m.state) for m in self.jobs.values() if m.worker and self.names[m.worker] == name]
         )
         says = [*((job, attempt, "running") for _, job, attempt in held), *own]
-        worker, wanted = self.do(state_module.attach, name, says, self.now, retry_delay)
+        since = float(len(self.since) + max(self.since.values(), default=0.0) + 1)
+        worker, wanted = self.do(state_module.attach, arrival(name, says, since), self.now, retry_delay)
+        self.since[worker] = since
         pairs = {(job, attempt) for job, attempt, _ in says}
         expected = set()
         for job in self.jobs.values():
@@ -240,11 +258,16 @@ class StoreHistories(RuleBasedStateMachine):
         return int(worker)
 
     @rule(worker=workers_seen | st.integers(1, 2))
+    def disconnect_late(self, worker: int) -> None:
+        """The end of a connection that a newer one has replaced changes nothing."""
+        assert self.do(state_module.detach, worker, self.since[worker] - 0.5) == 0
+
+    @rule(worker=workers_seen | st.integers(1, 2))
     def disconnect(self, worker: int) -> None:
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
         running = sum(job.state == "running" for job in mine)
-        assert self.do(state_module.detach, worker) == running
+        assert self.do(state_module.detach, worker, self.since[worker]) == running
         for job in mine:
             if job.state == "assigned":
                 job.requeue(None)
@@ -265,7 +288,7 @@ class StoreHistories(RuleBasedStateMachine):
         names=st.lists(st.sets(st.sampled_from(sorted(RETRIES)), min_size=1), min_size=3, max_size=3),
     )
     def claim(self, free: list[int], names: list[set[str]]) -> Any:
-        offers = [Offer(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
+        offers = [FreeSlots(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
         ready = [job for job in self.jobs.values() if job.state == "queued" and job.not_before is None]
         claimed = self.do(state_module.claim, offers, LIMITS)
         by_worker = {offer.worker: offer for offer in offers}
@@ -379,14 +402,28 @@ class StoreHistories(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        identity, counts = self.store.server_id, self.store.counts
+        identity, counts = self.store.server_id, self.counts()
         self.store.close()
-        self.store = Store(str(self.folder / "jobs.db"))
+        self.store = Store(str(self.folder / "jobs.db"), chance=random.Random(0)).start()
         self.connected.clear()
-        assert (self.store.server_id, self.store.counts) == (identity, counts)
-        assert dict(self.do(state_module.expected_workers)) == {worker: self.names[worker] for worker in self.expected}
+        assert (self.store.server_id, self.counts()) == (identity, counts)
+        may_come_back = {(worker, self.names[worker], 2) for worker in self.expected}
+        assert set(self.do(state_module.resume)) == may_come_back
+
+    def counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
+        return counts
 
     # what must hold after every step
+
+    @invariant()
+    def the_workers_are_known(self) -> None:
+        found = {row["id"]: (row["name"], jobs) for row, jobs in self.do(state_module.workers) if row["connected"]}
+        active = [job for job in self.jobs.values() if job.state in ACTIVE]
+        assert found == {
+            worker: (name, sorted(job.id for job in active if job.worker == worker))
+            for worker, name in self.connected.items()
+        }
 
     @invariant()
     def rows_equal_the_model(self) -> None:
@@ -411,7 +448,7 @@ class StoreHistories(RuleBasedStateMachine):
             assert bool(row["cancelling"]) == job.cancelling
             kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(state_module.attempts, job.id)]
             assert kept == job.kept
-        assert self.store.counts == {
+        assert self.counts() == {
             state: sum(j.state == state for j in self.jobs.values()) for state in state_module.STATES
         }
         self.promises(rows)
@@ -435,7 +472,7 @@ class StoreHistories(RuleBasedStateMachine):
             self.before[number] = state, attempt, whole
         for name, limit in LIMITS.items():
             assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
-            assert self.do(state_module.count_active, name) <= limit
+            assert self.do(state_module.what_waits_for, [name])[1][name] <= limit
 
     @invariant()
     def logs_hold_head_and_tail(self) -> None:
@@ -503,31 +540,94 @@ class TestDurability:
     """A commit is on disk before anyone sees its result."""
 
     def test_each_commit_is_synced(self, tmp_path: Path) -> None:
-        connection = store_module._open(str(tmp_path / "jobs.db")).connection
+        connection = store_module._open(str(tmp_path / "jobs.db"), random.Random()).connection
         settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
         connection.close()
         assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
+
+
+class TestMigration:
+    """A database of the release before is taken over as it stands."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[Store]:
+        shutil.copy(SCHEMA_1, tmp_path / "jobs.db")
+        with contextlib.closing(Store(str(tmp_path / "jobs.db")).start()) as store:
+            yield store
+
+    def test_its_schema_is_that_of_a_new_database(self, store: Store, tmp_path: Path) -> None:
+        def columns(path: Path) -> list[tuple[Any, ...]]:
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                names = connection.execute("SELECT name FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name")
+                return [
+                    row for (name,) in names.fetchall() for row in connection.execute(f"PRAGMA table_xinfo({name})")
+                ]
+
+        store.close()
+        with contextlib.closing(Store(str(tmp_path / "new.db")).start()):
+            pass
+        assert columns(tmp_path / "jobs.db") == columns(tmp_path / "new.db")
+
+    def test_its_jobs_attempts_and_logs_are_there(self, store: Store) -> None:
+        rows = store.do(state_module.page, (), None, 0, None, 100).result()
+        shown = [(row["name"], row["state"], row["attempt"], row["worker_name"], row["environment"]) for row in rows]
+        assert shown == [
+            ("hello-world", "queued", 1, None, None),
+            ("greeting", "success", 1, "box-1", '{"NAME": "Ada"}'),
+            ("sandbox", "running", 1, "box-1", None),
+            ("later", "cancelled", 0, None, None),
+            ("greeting", "assigned", 1, "version-1-0a1b2c3d", '{"NAME": "Bob"}'),
+            ("hello-world", "queued", 0, None, None),
+        ]
+        assert store.do(state_module.read_log, 2, 1, 0).result() == [(0, b"Hello, Ada!\n")]
+        [attempt] = store.do(state_module.attempts, 1).result()
+        assert (attempt["exit_code"], attempt["reason"], attempt["log_bytes"]) == (3, "exit", 10)
+
+    def test_its_workers_may_come_back_and_are_not_connected(self, store: Store) -> None:
+        assert store.do(state_module.resume).result() == [(1, "box-1", 2), (2, "version-1-0a1b2c3d", 1)]
+        assert not [row for row, _ in store.do(state_module.workers).result() if row["connected"]]
+        assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, retry_delay).result() == (
+            1,
+            [(3, 1, 0, False)],
+        )
+
+    def test_it_is_migrated_once(self, store: Store, tmp_path: Path) -> None:
+        store.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (state_module.SCHEMA_VERSION,)
+        with contextlib.closing(Store(str(tmp_path / "jobs.db")).start()) as again:
+            assert again.server_id == store.server_id
+
+    def test_a_database_of_a_later_release_is_refused(self, tmp_path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
+            connection.execute(f"PRAGMA user_version = {state_module.SCHEMA_VERSION + 1}")
+        with pytest.raises(store_module.StoreError, match="schema version"):
+            Store(str(tmp_path / "jobs.db"))
 
 
 class TestGroups:
     """What shares a transaction with a function that fails loses nothing by it."""
 
     def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
+        store = Store(str(tmp_path / "jobs.db")).start()
+        first, _ = store.do(state_module.listen, None).result()
         (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
 
-        def news_then_fail(db: state_module.Database) -> None:
-            state_module.news(db)
+        def tick_then_fail(db: state_module.Database) -> None:
+            state_module.tick(db, 1.0)
             raise KeyError
 
         with pytest.raises(KeyError):
-            store.do(news_then_fail).result()
-        assert store.do(state_module.news).result() == ({job}, 0.0)
-        assert store.do(state_module.news).result() == (set(), 0.0)
+            store.do(tick_then_fail).result()
+        assert not first.next.done()
+        store.do(state_module.tick, 2.0).result()
+        assert first.next.result(0).jobs == {job}
+        store.do(state_module.tick, 2.0).result()
+        assert not first.next.result(0).next.done()
         store.close()
 
     def test_a_database_that_failed_takes_nothing_more(self, tmp_path: Path) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
+        store = Store(str(tmp_path / "jobs.db")).start()
 
         def fail(_db: state_module.Database) -> None:
             error = sqlite3.OperationalError("disk I/O error")
@@ -536,7 +636,7 @@ class TestGroups:
 
         for function in (fail, state_module.probe):
             with pytest.raises(store_module.StoreError):
-                store.do(function, *[0.0] * (function is state_module.probe)).result()
+                store.do(function).result()
         assert store.broken
         store.close()
 
@@ -545,10 +645,11 @@ class TestClaim:
     """Who gets a job: the worker with the most free slots that may take it; among equals, chance decides."""
 
     def claim(self, tmp_path: Path, free: list[int], names: list[str]) -> list[int]:
-        store = Store(str(tmp_path / f"{uuid.uuid4()}.db"))
-        workers = [store.do(state_module.attach, f"w{n}", (), 0.0, retry_delay).result()[0] for n in range(len(free))]
+        store = Store(str(tmp_path / f"{uuid.uuid4()}.db")).start()
+        arrivals = [arrival(f"w{n}") for n in range(len(free))]
+        workers = [store.do(state_module.attach, each, 0.0, retry_delay).result()[0] for each in arrivals]
         store.do(state_module.add, [NewJob("once")] * 6, 0.0).result()
-        offers = [Offer(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
+        offers = [FreeSlots(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
         claimed = store.do(state_module.claim, offers, {}).result()
         store.close()
         return [workers.index(it.worker) for it in claimed]
@@ -570,10 +671,10 @@ class TestLogTail:
 
     @pytest.mark.parametrize(("lines", "offset"), [(0, 8), (1, 6), (2, 3), (3, 0), (9, 0)])
     def test_it_counts_from_the_end(self, tmp_path: Path, lines: int, offset: int) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
-        worker, _ = store.do(state_module.attach, "w", (), 0.0, retry_delay).result()
+        store = Store(str(tmp_path / "jobs.db")).start()
+        worker, _ = store.do(state_module.attach, arrival("w"), 0.0, retry_delay).result()
         (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
-        store.do(state_module.claim, [Offer(worker, 1, frozenset({"once"}))], {}).result()
+        store.do(state_module.claim, [FreeSlots(worker, 1, frozenset({"once"}))], {}).result()
         store.do(state_module.start, worker, job, 1, 0.0).result()
         for start, data in ((0, b"ab\ncd"), (5, b"\nef")):
             store.do(state_module.append_log, worker, job, 1, start, data).result()
@@ -585,10 +686,10 @@ class TestLogLimit:
     """The head and the tail of a log are kept."""
 
     def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(self, tmp_path: Path) -> None:
-        jobs = Store(str(tmp_path / "jobs.db"))
+        jobs = Store(str(tmp_path / "jobs.db")).start()
         jobs.do(state_module.add, [state_module.NewJob("a")], 1.0).result()
-        worker, _ = jobs.do(state_module.attach, "w", [], 1.0, lambda *_: None).result()
-        jobs.do(state_module.claim, [state_module.Offer(worker, 1, frozenset("a"))], {}).result()
+        worker, _ = jobs.do(state_module.attach, arrival("w"), 1.0, lambda *_: None).result()
+        jobs.do(state_module.claim, [FreeSlots(worker, 1, frozenset("a"))], {}).result()
         assert jobs.do(state_module.start, worker, 1, 1, 1.0).result()
         piece = 65536
         for number in range(40):

@@ -7,6 +7,7 @@ cannot turn into 8 unnoticed. What could make the shape itself costly, depth and
 import difflib
 import json
 import math
+import random
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +20,7 @@ import yaml
 CONFIG_LIMIT_BYTES = 1024 * 1024
 TEXT_LIMIT_BYTES = 32 * 1024  # of one value, and of all that a POST sets; docker reads lines of less than 64 KiB
 DURATION_LIMIT_SECONDS = 366 * 86400
+MAX_RETRY_DELAY_SECONDS = 3_600
 DEPTH_LIMIT = 10
 ERROR_LIMIT = 100
 REFUSED_LIMIT = 10
@@ -91,11 +93,47 @@ class JobConfig:
         first = {"command": self.command, "image": self.image, "name": self.name}
         return first | {key: value for key, value in asdict(self).items() if value != _UNSET[key]}
 
+    def to_wire_1(self) -> dict[str, Any]:
+        """Give the entry of a version 1 JobConfigs, whose command is one string."""
+        command = self.command if isinstance(self.command, str) else next(iter(self.command or ()), None)
+        return {"command": command, "image": self.image, "name": self.name}
+
     @property
     def needs_version_2(self) -> bool:
         """Whether its worker must know more of it than name, image and one command string."""
         many_words = isinstance(self.command, tuple) and len(self.command) > 1
         return many_words or not self.to_wire().keys() <= _VERSION_1_KEYS
+
+
+class Configs:
+    """The jobs of a jobs.yaml, in the forms that the server needs them in. Never changes."""
+
+    def __init__(self, jobs: Iterable[JobConfig], chance: random.Random | None = None) -> None:
+        self.by_name = {job.name: job for job in jobs}
+        self.limits = {job.name: job.concurrency for job in self.by_name.values() if job.concurrency}
+        self._chance = chance or random.Random()
+        self._names: dict[tuple[tuple[str, ...], int], frozenset[str]] = {}
+
+    def to_wire(self, version: int) -> tuple[dict[str, Any], ...]:
+        """Give what a worker that speaks this version of the protocol is told."""
+        if version > 1:
+            return tuple(job.to_wire() for job in self.by_name.values())
+        return tuple(job.to_wire_1() for job in self.by_name.values() if not job.needs_version_2)
+
+    def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
+        """Give the names of the jobs that a worker with these tags may take that speaks this version."""
+        if (tags, version) not in self._names:
+            jobs = [job for job in self.by_name.values() if version > 1 or not job.needs_version_2]
+            self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
+        return self._names[tags, version]
+
+    def retry_delay(self, name: str, failures: int) -> float | None:
+        """Seconds to wait before retrying a job that has failed `failures` times; None when no retries are left."""
+        job = self.by_name.get(name)
+        if job is None or failures > job.retries:
+            return None
+        delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), MAX_RETRY_DELAY_SECONDS)
+        return delay * self._chance.uniform(0.75, 1.25)
 
 
 _UNSET = asdict(JobConfig(name="", image=""))
