@@ -45,7 +45,7 @@ from jobworker.config import ConfigError, JobConfig, load_jobs, parse_duration
 from jobworker.options import quiet_logger, start_logging
 from jobworker.state import Database, Offer, RetryDelay
 from jobworker.store import Store, StoreError
-from jobworker.web import Access, Front, RunnerListener
+from jobworker.web import Access, HttpServer, RunnerListener
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -470,7 +470,7 @@ class Server:
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.expected_workers)))
         self._publish((set(), None))
         listener = RunnerListener()
-        front = Front((self.options.host, self.options.port), self.api.answer, listener, self.access)
+        front = HttpServer((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
         self.loop.add_signal_handler(signal.SIGHUP, self._reload)
