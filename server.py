@@ -43,7 +43,7 @@ from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_d
 from jobworker.options import quiet_logger, start_logging
 from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
 from jobworker.store import Commit, Store, StoreError
-from jobworker.web import Access, Front, RunnerListener
+from jobworker.web import Access, HttpServer, RunnerListener
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -424,7 +424,7 @@ class Server:
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
         await asyncio.wrap_future(self.store.do(state.tick, time.time()))
         listener = RunnerListener()
-        front = Front((self.options.host, self.options.port), self.api.answer, listener, self.access)
+        front = HttpServer((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
         self.loop.add_signal_handler(signal.SIGHUP, self._reload)
