@@ -9,7 +9,7 @@ matches nothing.
 import functools
 import re
 from collections.abc import Iterable
-from re import _constants as codes  # type: ignore[attr-defined]
+from re import _constants as codes
 from re import _parser as parser
 from typing import Any, NamedTuple
 
