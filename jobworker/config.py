@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 
+from jobworker.pattern import TooLong, compiled
+
 CONFIG_LIMIT_BYTES = 1024 * 1024
 TEXT_LIMIT_BYTES = 32 * 1024  # of one value, and of all that a POST sets; docker reads lines of less than 64 KiB
 DURATION_LIMIT_SECONDS = 366 * 86400
@@ -53,7 +55,10 @@ class Parameter:
             return f"must be a string in quotes, not {json.dumps(value)[:60]}"
         if flaw := _flaw(value):
             return flaw
-        fits = self.pattern is None or re.fullmatch(self.pattern, value)
+        try:
+            fits = self.pattern is None or compiled(self.pattern).fullmatch(value)
+        except TooLong:
+            return f"is too long to be matched with the pattern {self.pattern}: {len(value):,} characters"
         return "" if fits else f"must match the pattern {self.pattern}, which {_show(value)} does not"
 
 
@@ -483,7 +488,7 @@ _VARIABLE = _scalar("a variable's name, not JOBWORKER_...", r"(?!JOBWORKER_)[A-Z
 _VARIABLES = _map(_VARIABLE, lambda _: _value)
 _LABEL = _scalar("a label's name, not jobworker...", r"(?!jobworker\.)[!-<>-~]+")
 _LABELS = _map(_LABEL, lambda _: lambda node: _value(node) or "")
-_PATTERN = _scalar("a regular expression", ".+", lambda text: re.compile(text).pattern)
+_PATTERN = _scalar("a regular expression", ".+", lambda text: compiled(text).expression)
 _PARAMETER_KEYS: dict[str, Reader] = {"required": _BOOLEAN, "default": _value, "pattern": _PATTERN}
 _PARAMETER = _map(_one_of(_PARAMETER_KEYS), _PARAMETER_KEYS.__getitem__)
 JOB_KEYS: dict[str, Reader] = {
