@@ -37,7 +37,7 @@ from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 import protocol
-from jobworker import VERSION, state
+from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
 from jobworker.options import quiet_logger, start_logging
@@ -60,6 +60,8 @@ from protocol import (
 )
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_UNREAD_BYTES = 4 * 1024 * 1024
+MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
 # The peer's silence is noticed after at most the sum of both: within 30 s.
 PING_SECONDS = 15
@@ -67,6 +69,9 @@ PONG_SECONDS = 14
 TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
+GONE_JOBS = 500
+CLOCK_JUMP_SECONDS = 2
+DISTRUST_SECONDS = 3_600
 
 log = logging.getLogger("server")
 
@@ -80,6 +85,7 @@ class ConnectedWorker:
     since: float
     id: int = 0
     jobs: dict[int, int] = field(default_factory=dict)
+    configs: Configs | None = None  # those it was sent
 
     @property
     def name(self) -> str:
@@ -104,13 +110,25 @@ class ConnectedWorker:
         return FreeSlots(self.id, self.hello.slots - len(self.jobs), names)
 
     def send(self, *messages: protocol.FromServer) -> None:
-        """Write messages without waiting: they are small, and a worker that reads none is soon pinged out."""
+        """Write messages without waiting. A worker that lets too much of them lie unread loses its connection."""
         if self.protocol_version == 2:
-            broadcast([self.socket], protocol.encode_batch(messages))
-            return
-        for message in messages:
-            if isinstance(message, Enqueue):
-                broadcast([self.socket], protocol.encode(Enqueue(message.job, message.name)))
+            self._write(*protocol.encode_batches(messages))
+        else:
+            orders = [message for message in messages if isinstance(message, Enqueue)]
+            self._write(*(protocol.encode(Enqueue(order.job, order.name)) for order in orders))
+
+    def send_configs(self, configs: Configs, frames: dict[int, bytes]) -> None:
+        """Write the configuration, in the frame of its version, where it is not what was sent last."""
+        if self.configs is not configs:
+            self.configs = configs
+            self._write(frames[self.protocol_version])
+
+    def _write(self, *frames: bytes) -> None:
+        for frame in frames:
+            broadcast([self.socket], frame)
+        if self.socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+            log.warning("worker %s does not read what it is sent; ending its connection", self.name)
+            self.socket.transport.abort()
 
 
 class GracePeriod(NamedTuple):
@@ -130,7 +148,7 @@ def record_reports(
             case JobRunning(job, attempt):
                 replies.append((Go if state.start(db, worker, job, attempt, now) else Settled)(job, attempt))
             case Log(job, attempt, offset, data):
-                kept = state.append_log(db, worker, job, attempt, offset, data)
+                kept = logs.append_log(db, worker, job, attempt, offset, data)
                 replies.append(Settled(job, attempt) if kept is None else Logged(job, attempt, kept))
             case JobSuccess(job, attempt):
                 state.succeed(db, worker, job, attempt, now)
@@ -167,6 +185,8 @@ class Dispatcher:
         self._to_detach: dict[int, float] = {}  # since when each was connected
         self._claiming = False
         self._claim_again = False
+        self._unstored_bytes = 0  # of frames whose answers are awaited
+        self._stored = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
 
     def _use(self, configs: Configs) -> None:
@@ -192,7 +212,10 @@ class Dispatcher:
                     if messages and isinstance(messages[0], Hello):
                         await self._on_second_hello(worker, messages)
                     else:
-                        self._on_reports(worker, messages)
+                        self._on_reports(worker, messages, len(data))
+                    while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
+                        self._stored.clear()
+                        await self._stored.wait()
             finally:
                 self._detach(worker)
         except protocol.ProtocolError as error:
@@ -244,7 +267,7 @@ class Dispatcher:
             self._close(old, protocol.CLOSE_REPLACED, "a newer connection of this name took over")
 
     def _greet(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
-        broadcast([worker.socket], self._config_frames[worker.protocol_version])
+        worker.send_configs(self.configs, self._config_frames)
         replies: list[protocol.FromServer] = [
             Settled(job, attempt) for job, attempt, _state in worker.hello.jobs if worker.jobs.get(job) != attempt
         ]
@@ -255,7 +278,7 @@ class Dispatcher:
         if replies:
             worker.send(*replies)
 
-    def _on_reports(self, worker: ConnectedWorker, messages: list[protocol.FromWorker]) -> None:
+    def _on_reports(self, worker: ConnectedWorker, messages: list[protocol.FromWorker], size: int) -> None:
         if worker.protocol_version == 1:
             messages = [
                 replace(message, attempt=worker.jobs[message.job])
@@ -266,8 +289,11 @@ class Dispatcher:
             return
 
         def answer(replies: list[protocol.FromServer] | Exception) -> None:
+            self._unstored_bytes -= size
+            self._stored.set()
             self._answer(worker, replies)
 
+        self._unstored_bytes += size
         self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs.retry_delay)
         # The claim that fills the slot goes into the same transaction as the result that frees it.
         ended = [message for message in messages if isinstance(message, JobSuccess | JobFailure)]
@@ -379,7 +405,7 @@ class Dispatcher:
         """Take a new configuration: for jobs not yet started, and to all workers."""
         self._use(configs)
         for worker in self.workers.values():
-            broadcast([worker.socket], self._config_frames[worker.protocol_version])
+            worker.send_configs(configs, self._config_frames)
             self._refresh_offer(worker)
         self.dispatch()
 
@@ -401,6 +427,32 @@ class Dispatcher:
             log.error("internal error", exc_info=result)
 
 
+class ClockWatch:
+    """Notices when somebody sets the clock: by one that nobody can set, and that goes on while the machine sleeps."""
+
+    def __init__(self) -> None:
+        self._offset = self._now()
+        self.trusted_from = 0.0  # on the clock that nobody can set
+
+    def _now(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def jump(self) -> float:
+        """By how many seconds the clock was set since the last call; 0 where it went on as it should."""
+        offset = self._now()
+        jump = offset - self._offset
+        self._offset = offset
+        if abs(jump) < CLOCK_JUMP_SECONDS:
+            return 0.0
+        self.trusted_from = time.clock_gettime(time.CLOCK_BOOTTIME) + DISTRUST_SECONDS
+        return jump
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the clock was not set for a while: what is deleted for its age is not to be had back."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) >= self.trusted_from
+
+
 class Server:
     """Puts the parts together, runs them, and takes them down again."""
 
@@ -412,6 +464,7 @@ class Server:
         self.dispatcher = Dispatcher(self.store, Configs(jobs), options.grace)
         self.api = Api(self.store, self.dispatcher.configs, options.hold)
         self.access = Access(options.host, options.tokens)
+        self.clock = ClockWatch()
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
@@ -427,7 +480,8 @@ class Server:
         front = HttpServer((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
-        self.loop.add_signal_handler(signal.SIGHUP, self._reload)
+        self.loop.add_signal_handler(signal.SIGHUP, self._start_reload)
+        self._end_gone()
         async with serve_websockets(
             self.dispatcher.serve,
             sock=listener,
@@ -439,6 +493,7 @@ class Server:
             server_header=None,
             compression=None,
             max_size=MAX_FRAME_BYTES,
+            max_queue=2,
             ping_interval=PING_SECONDS,
             ping_timeout=PONG_SECONDS,
             close_timeout=2,
@@ -463,15 +518,29 @@ class Server:
             log.info("stopping")
             self.stopped.set_result(code)
 
-    def _reload(self) -> None:
+    def _start_reload(self) -> None:
+        self.reloading = asyncio.ensure_future(self._reload())
+
+    async def _reload(self) -> None:
         try:
-            jobs = load_jobs(self.options.jobs)
+            jobs = await asyncio.to_thread(load_jobs, self.options.jobs)
         except ConfigError as error:
             log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
             return
         self.dispatcher.reload(Configs(jobs))
         self.api.configs = self.dispatcher.configs
+        self._end_gone()
         log.info("read %s again: %d jobs", self.options.jobs, len(jobs))
+
+    def _end_gone(self) -> None:
+        """End what is queued under names that jobs.yaml has no more."""
+
+        def ended(count: int | Exception) -> None:
+            if count == GONE_JOBS:  # some at a time, with room for others between
+                self._end_gone()
+
+        names = frozenset(self.dispatcher.configs.by_name)
+        self.store.do_then(ended, state.end_gone, names, time.time(), GONE_JOBS)
 
     def _on_commit(self, commit: Commit) -> None:
         for callback, result in commit.calls:
@@ -492,6 +561,7 @@ class Server:
                 if self.loop.time() >= prune_at:
                     prune_at = self.loop.time() + PRUNE_SECONDS
                     self._prune()
+                    self._end_gone()
                 self._tick()
             except Exception as error:
                 log.error("internal error", exc_info=error)
@@ -500,6 +570,9 @@ class Server:
         if self.store.broken:
             log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
             self._stop(1)
+        if jump := self.clock.jump():
+            log.warning("the clock was set %s by %.0f s", "ahead" if jump > 0 else "back", abs(jump))
+            self.store.do(state.shift_delays, jump)
         if self.store.error:
             self.store.do(state.probe)
         else:
@@ -508,7 +581,7 @@ class Server:
         self.store.do(state.tick, time.time())
 
     def _prune(self) -> None:
-        if self.options.keep:
+        if self.options.keep and self.clock.is_trusted:
             self.store.do_then(self._on_pruned, state.prune, time.time() - self.options.keep, PRUNE_JOBS)
 
     def _on_pruned(self, count: int | Exception) -> None:

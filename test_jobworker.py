@@ -3279,7 +3279,8 @@ class TestPromise08NoInputEnds:
         server.signal(signal.SIGHUP)
         until(lambda: server.http("POST", "/api/jobs/new").status == 200)
         stage.worker(server)
-        until(lambda: server.job(job)["state"] in FINAL or server.job(job)["reason"])
+        ended = server.ended(job)
+        assert (ended["state"], ended["reason"], ended["exit_code"]) == ("failure", "gone", None)
 
 
 class TestPromise09Strangers:

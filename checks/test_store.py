@@ -18,9 +18,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
+from jobworker import logs
 from jobworker import state as state_module
 from jobworker import store as store_module
-from jobworker.state import Arrival, FreeSlots, NewJob
+from jobworker.state import Arrival, FreeSlots, Key, NewJob
 from jobworker.store import Store
 
 RETRIES = {"once": 0, "again": 2, "alone": 0}
@@ -33,6 +34,7 @@ EDGES = {  # section 2 of the design
     ("assigned", "queued"),
     ("running", "queued"),
     ("queued", "cancelled"),
+    ("queued", "failure"),
     ("assigned", "cancelled"),
     ("running", "cancelled"),
 }
@@ -52,7 +54,6 @@ class Model:
     name: str
     priority: int
     not_before: float | None
-    key: str | None
     state: str = "queued"
     attempt: int = 0
     failures: int = 0
@@ -119,6 +120,7 @@ class StoreHistories(RuleBasedStateMachine):
         self.store = Store(str(self.folder / "jobs.db"), chance=random.Random(0)).start()
         self.now = 1_000.0
         self.since: dict[int, float] = {}
+        self.requests: dict[str, tuple[str, list[int]]] = {}
         self.jobs: dict[int, Model] = {}
         self.last_id = 0
         self.connected: dict[int, str] = {}
@@ -126,8 +128,8 @@ class StoreHistories(RuleBasedStateMachine):
         self.expected: set[int] = set()
         self.before: dict[int, tuple[str, int, Any]] = {}
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(state_module, "LOG_HEAD_BYTES", 24)
-        self.patch.setattr(state_module, "LOG_TAIL_BYTES", 24)
+        self.patch.setattr(logs, "LOG_HEAD_BYTES", 24)
+        self.patch.setattr(logs, "LOG_TAIL_BYTES", 24)
 
     def teardown(self) -> None:
         self.store.close()
@@ -164,29 +166,38 @@ class StoreHistories(RuleBasedStateMachine):
                 name=st.sampled_from(sorted(RETRIES)),
                 priority=st.integers(-1, 1),
                 delay=st.sampled_from([0, 0, 0, 5]),
-                idempotency_key=st.none() | st.sampled_from("kl"),
             ),
             max_size=4,
-            unique_by=lambda job: job.idempotency_key or object(),
-        )
+        ),
+        key=st.none() | st.builds(Key, st.sampled_from("kl"), st.sampled_from("xy")),
     )
-    def add(self, jobs: list[NewJob]) -> None:
-        expected: list[int] = []
-        added: dict[int, Model] = {}
-        for job in jobs:
-            every = [*self.jobs.values(), *added.values()]
-            known = next((m for m in every if m.key is not None and m.key == job.idempotency_key), None)
-            if known and known.name != job.name:
-                assert self.do(state_module.add, jobs, self.now).kind == "conflict"
-                return
-            if not known:
-                due = self.now + job.delay if job.delay else None
-                known = Model(self.last_id + len(added) + 1, job.name, job.priority, due, job.idempotency_key)
-                added[known.id] = known
-            expected.append(known.id)
-        assert self.do(state_module.add, jobs, self.now) == expected
-        self.jobs |= added
-        self.last_id += len(added)
+    def add(self, jobs: list[NewJob], key: Key | None = None) -> None:
+        known = self.requests.get(key.text) if key else None
+        added = self.do(state_module.add, jobs, self.now, True, key)
+        if known and key and known[0] != key.content:
+            assert added.kind == "conflict"
+            return
+        if known:
+            assert added == known[1]
+            return
+        assert added == list(range(self.last_id + 1, self.last_id + 1 + len(jobs)))
+        for id_, job in zip(added, jobs, strict=True):
+            due = self.now + job.delay if job.delay else None
+            self.jobs[id_] = Model(id_, job.name, job.priority, due)
+        self.last_id += len(jobs)
+        if key:
+            self.requests[key.text] = (key.content, added)
+
+    @rule(names=st.sets(st.sampled_from(sorted(RETRIES)), min_size=1), limit=st.integers(1, 3))
+    def reload_without_some(self, names: set[str], limit: int) -> None:
+        gone = [job for job in self.jobs.values() if job.state == "queued" and job.name not in names]
+        count = self.do(state_module.end_gone, frozenset(names), self.now, limit)
+        assert count == min(limit, len(gone))
+        ended = [job for job in gone if self.do(state_module.get, job.id)["state"] == "failure"]
+        assert len(ended) == count
+        for job in ended:
+            job.not_before = None
+            job.finish("failure", self.now, None, "gone")
 
     @rule(count=st.integers(1, 4), bad=st.integers(0, 3))
     def add_many_at_once_with_one_that_fails(self, count: int, bad: int) -> None:
@@ -202,7 +213,7 @@ class StoreHistories(RuleBasedStateMachine):
         for future in futures:
             self.last_id += 1
             assert future.result(10) == [self.last_id]
-            self.jobs[self.last_id] = Model(self.last_id, "once", 0, None, None)
+            self.jobs[self.last_id] = Model(self.last_id, "once", 0, None)
         if bad < count:
             assert isinstance(failing.exception(10), ZeroDivisionError)
 
@@ -357,7 +368,7 @@ class StoreHistories(RuleBasedStateMachine):
         offset = max(0, have + jump)
         whole = random.Random(f"{number} {attempt}").randbytes(2000)
         data = whole[offset : offset + size]
-        kept = self.do(state_module.append_log, worker, number, attempt, offset, data)
+        kept = self.do(logs.append_log, worker, number, attempt, offset, data)
         if job is None or not job.holds(worker, attempt, "running"):
             assert kept is None
             return
@@ -378,9 +389,17 @@ class StoreHistories(RuleBasedStateMachine):
         for job in due:
             job.not_before = None
 
-    @rule(seconds=st.sampled_from([0.5, 3600]))
-    def the_clock_jumps_back(self, seconds: float) -> None:
-        self.now -= seconds
+    @rule(seconds=st.sampled_from([-0.5, -3600, 3600]))
+    def the_clock_jumps(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
+    def the_clock_is_seen_to_jump(self, seconds: float) -> None:
+        self.now += seconds
+        self.do(state_module.shift_delays, seconds)
+        for job in self.jobs.values():
+            if job.not_before is not None:
+                job.not_before += seconds
 
     @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
     def prune(self, age: float, limit: int) -> None:
@@ -396,8 +415,9 @@ class StoreHistories(RuleBasedStateMachine):
             assert all(job.finished_at <= end for end in kept_ends)  # type: ignore[operator]
             assert self.do(state_module.attempts, job.id) == []
             for attempt in range(1, job.attempt + 1):
-                assert self.do(state_module.read_log, job.id, attempt, 0) == []
+                assert self.do(logs.read_log, job.id, attempt, 0) == []
             del self.jobs[job.id]
+            self.requests = {key: it for key, it in self.requests.items() if it[1][:1] != [job.id]}
             self.before.pop(job.id, None)
 
     @rule()
@@ -480,7 +500,7 @@ class StoreHistories(RuleBasedStateMachine):
             for attempt, wanted in job.logs.items():
                 got: dict[int, bytes] = {}
                 offset = 0
-                while pieces := self.do(state_module.read_log, job.id, attempt, offset):
+                while pieces := self.do(logs.read_log, job.id, attempt, offset):
                     for start, data in pieces:
                         assert start >= offset
                         got |= {start + n: data[n : n + 1] for n in range(len(data))}
@@ -531,6 +551,8 @@ def edges_of_the_picture() -> set[tuple[str, str]]:
             edges.add((above(line, f"├───── {label}"), target))
         if re.search("─ (requeue|retry)", line):
             edges.add((above(line, "┘"), "queued"))
+        if '"gone"' in line:
+            edges.add(("queued", "failure"))
         if "DELETE" in line:
             edges |= {(state, "cancelled") for state in re.findall("queued|assigned|running", line.partition("──")[0])}
     return edges
@@ -579,7 +601,7 @@ class TestMigration:
             ("greeting", "assigned", 1, "version-1-0a1b2c3d", '{"NAME": "Bob"}'),
             ("hello-world", "queued", 0, None, None),
         ]
-        assert store.do(state_module.read_log, 2, 1, 0).result() == [(0, b"Hello, Ada!\n")]
+        assert store.do(logs.read_log, 2, 1, 0).result() == [(0, b"Hello, Ada!\n")]
         [attempt] = store.do(state_module.attempts, 1).result()
         assert (attempt["exit_code"], attempt["reason"], attempt["log_bytes"]) == (3, "exit", 10)
 
@@ -677,8 +699,8 @@ class TestLogTail:
         store.do(state_module.claim, [FreeSlots(worker, 1, frozenset({"once"}))], {}).result()
         store.do(state_module.start, worker, job, 1, 0.0).result()
         for start, data in ((0, b"ab\ncd"), (5, b"\nef")):
-            store.do(state_module.append_log, worker, job, 1, start, data).result()
-        assert store.do(state_module.tail_offset, job, 1, lines).result() == offset
+            store.do(logs.append_log, worker, job, 1, start, data).result()
+        assert store.do(logs.tail_offset, job, 1, lines).result() == offset
         store.close()
 
 
@@ -693,11 +715,11 @@ class TestLogLimit:
         assert jobs.do(state_module.start, worker, 1, 1, 1.0).result()
         piece = 65536
         for number in range(40):
-            jobs.do(state_module.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
+            jobs.do(logs.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
         kept, offset = b"", 0
-        while pieces := jobs.do(state_module.read_log, 1, 1, offset).result():
+        while pieces := jobs.do(logs.read_log, 1, 1, offset).result():
             offset = pieces[-1][0] + len(pieces[-1][1])
             kept += b"".join(data for _start, data in pieces)
-        assert len(kept) <= state_module.LOG_HEAD_BYTES + state_module.LOG_TAIL_BYTES + piece
+        assert len(kept) <= logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES + piece
         assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), 40 * piece)
         jobs.close()

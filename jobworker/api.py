@@ -20,11 +20,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from jobworker import VERSION, state
+from jobworker import VERSION, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
-from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, NewJob, Refusal, Tick
+from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
 from jobworker.store import Store, StoreError
 from jobworker.web import ApiError, Request, Response, as_json
 
@@ -229,23 +229,32 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def new_job(configs: Configs, name: object, body: object, key: str | None, number: int | None = None) -> NewJob:
+def mark(key: str | None, *content: object) -> Key | None:
+    """Give an idempotency key with what it belongs to: a route and a body, which are compared as values."""
+    if key is None:
+        return None
+    text = json.dumps(content, sort_keys=True, default=str)
+    whole = re.sub(r"(?<=[0-9])\.0+(?=[,\]}])", "", text)  # 1.0 is 1
+    return Key(key, hashlib.sha256(whole.encode()).hexdigest())
+
+
+def new_job(configs: Configs, name: object, body: object, number: int | None = None) -> NewJob:
     """Give the job that a body asks for; number: of the item in a list, where it is one. Raises ApiError."""
     config = configs.by_name.get(name) if isinstance(name, str) else None
     if config and body == {} and not config.parameters:
-        return NewJob(config.name, {}, config.priority, 0, key)
+        return NewJob(config.name, {}, config.priority)
     where = "" if number is None else f"item {number}: "
     if config is None:
         known = ", ".join(list(configs.by_name)[:20]) or "none"
         detail = f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     try:
-        return _checked(config, body, key)
+        return _checked(config, body)
     except ValueError as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
 
 
-def _checked(config: JobConfig, body: object, key: str | None) -> NewJob:
+def _checked(config: JobConfig, body: object) -> NewJob:
     if not isinstance(body, dict):
         raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
     for unknown in body.keys() - {"environment", "priority", "delay"}:
@@ -255,7 +264,7 @@ def _checked(config: JobConfig, body: object, key: str | None) -> NewJob:
         raise ValueError("priority must be an integer of 32 bits")
     if type(delay) not in (int, float) or not 0 <= delay <= MAX_DELAY_SECONDS:
         raise ValueError(f"delay must be a number of seconds from 0 to {MAX_DELAY_SECONDS}")
-    return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay, key)
+    return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay)
 
 
 # Answers
@@ -300,8 +309,9 @@ class Api:
         A 200 means that the job is on disk and will come to an end. With `wait` the answer comes when the job is final,
         or after that time with the job as it then is.
         """
-        job = new_job(self.configs, name, read_json(request.body) if request.body else {}, key)
-        (id_,) = self._do(state.add, [job], time.time(), self.hold)
+        body = read_json(request.body) if request.body else {}
+        marked = mark(key, "POST", name, body)
+        (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
         if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
         row = self._wait(id_, wait)
@@ -353,12 +363,21 @@ class Api:
         items = read_json(request.body)
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
-        jobs = [
-            new_job(self.configs, item.pop("name", None), item, f"{key}/{number}" if key else None, number)
-            for number, item in enumerate(items)
-        ]
-        ids = self._do(state.add, jobs, time.time(), self.hold)
-        return Response(as_json([job_json(id_, job.name, "queued") for id_, job in zip(ids, jobs, strict=True)]))
+        marked = mark(key, "POST", items)
+
+        def jobs() -> list[NewJob]:
+            return [new_job(self.configs, item.pop("name", None), item, n) for n, item in enumerate(items)]
+
+        ids = self._queue(jobs, marked)
+        rows = self._do(state.page, (), None, ids[0] - 1, None, len(ids)) if ids else []
+        return Response(as_json([job_json(row["id"], row["name"], row["state"]) for row in rows]))
+
+    def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
+        """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
+        ids: list[int] | None = self._do(state.find_request, key) if key else None
+        if ids is None:
+            ids = self._do(state.add, jobs(), time.time(), self.hold, key)
+        return ids
 
     def get_job(self, request: Request, id_: int, wait: float) -> Response:  # noqa: ARG002
         """A job in full.
@@ -402,13 +421,17 @@ class Api:
 
         With the same environment and priority. The old job stays as it is.
         """
-        row = self._do(state.get, id_)
-        if row["state"] not in FINAL_STATES:
-            raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
-        body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
-        job = new_job(self.configs, row["name"], body, key)
-        (new_id,) = self._do(state.add, [job], time.time(), self.hold)
-        return Response(as_json(job_json(new_id, job.name, "queued")))
+
+        def jobs() -> list[NewJob]:
+            row = self._do(state.get, id_)
+            if row["state"] not in FINAL_STATES:
+                raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
+            body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
+            return [new_job(self.configs, row["name"], body)]
+
+        (new_id,) = self._queue(jobs, mark(key, "retry", id_))
+        row = self._do(state.get, new_id)
+        return Response(as_json(job_json(new_id, row["name"], row["state"])))
 
     def get_attempts(self, request: Request, id_: int) -> Response:  # noqa: ARG002
         """The attempts of a job so far, oldest first.
@@ -437,13 +460,13 @@ class Api:
         if attempt:
             self._do(state.get, id_)
         if tail is not None:
-            offset = max(offset, self._do(state.tail_offset, id_, wanted, tail))
+            offset = max(offset, self._do(logs.tail_offset, id_, wanted, tail))
         pieces = self._follow(id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
         return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
 
     def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
         """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
-        while pieces := self._do(state.read_log, job, attempt, offset):
+        while pieces := self._do(logs.read_log, job, attempt, offset):
             for start, data in pieces:
                 if start > offset:
                     yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)

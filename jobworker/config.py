@@ -23,6 +23,7 @@ CONFIG_LIMIT_BYTES = 1024 * 1024
 TEXT_LIMIT_BYTES = 32 * 1024  # of one value, and of all that a POST sets; docker reads lines of less than 64 KiB
 DURATION_LIMIT_SECONDS = 366 * 86400
 MAX_RETRY_DELAY_SECONDS = 3_600
+NAMES_LIMIT = 1_000
 DEPTH_LIMIT = 10
 ERROR_LIMIT = 100
 REFUSED_LIMIT = 10
@@ -128,6 +129,8 @@ class Configs:
     def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
         """Give the names of the jobs that a worker with these tags may take that speaks this version."""
         if (tags, version) not in self._names:
+            if len(self._names) >= NAMES_LIMIT:
+                self._names.clear()  # tags are what workers say
             jobs = [job for job in self.by_name.values() if version > 1 or not job.needs_version_2]
             self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
         return self._names[tags, version]
@@ -494,7 +497,7 @@ _PARAMETER = _map(_one_of(_PARAMETER_KEYS), _PARAMETER_KEYS.__getitem__)
 JOB_KEYS: dict[str, Reader] = {
     "name": _scalar("1 to 128 characters, no / or control character", r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f]{1,128}"),
     "image": _scalar("an image such as busybox:1.36 or host.example:5000/team/app", _IMAGE),
-    "command": lambda node: _words(node) or None,
+    "command": lambda node: None if (words := _words(node)) == () else words,
     "entrypoint": _words,
     "environment": lambda node: _VARIABLES(_pairs(node)),
     "volumes": _list("volumes", _scalar("SOURCE:/TARGET[:MODE], SOURCE a volume or an absolute path", _VOLUME)),

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
     ("queued", "cancel"): "cancelled",
+    ("queued", "gone"): "failure",
     ("assigned", "start"): "running",
     ("assigned", "requeue"): "queued",
     ("assigned", "cancel"): "cancelled",
@@ -36,8 +37,6 @@ TRANSITIONS = {
 STATES = ("queued", "assigned", "running", "success", "failure", "cancelled")
 FINAL_STATES = ("success", "failure", "cancelled")
 
-LOG_HEAD_BYTES = 512 * 1024
-LOG_TAIL_BYTES = 512 * 1024
 FREE_PAGES_LIMIT = 1_000
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
@@ -59,7 +58,6 @@ CREATE TABLE job (
     exit_code       INTEGER,
     reason          TEXT,
     environment     TEXT,
-    idempotency_key TEXT,
     not_before      REAL,
     created_at      REAL    NOT NULL,
     started_at      REAL,
@@ -67,11 +65,16 @@ CREATE TABLE job (
     log_bytes       INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
+CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
 CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX job_state ON job (state, id);
 CREATE INDEX job_name ON job (name, id);
 CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
-CREATE UNIQUE INDEX job_idempotency_key ON job (idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+CREATE TABLE request (
+    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX request_first ON request (first);
 
 CREATE TABLE attempt (
     job INTEGER NOT NULL, attempt INTEGER NOT NULL, worker INTEGER, started_at REAL, finished_at REAL,
@@ -92,7 +95,8 @@ CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
 CREATE TABLE server (id TEXT NOT NULL) STRICT;
 """
 
-# From each schema version to the next. 1 knew a worker of the original's protocol by its name alone.
+# From each schema version to the next. 1 knew a worker of the original's protocol by its name alone, and of a request
+# with an idempotency key only the job.
 MIGRATIONS = {
     1: """
 ALTER TABLE worker ADD COLUMN protocol INTEGER NOT NULL DEFAULT 2;
@@ -104,6 +108,14 @@ ALTER TABLE worker ADD COLUMN connected INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE worker ADD COLUMN connected_at REAL;
 UPDATE worker SET protocol = 1 WHERE name GLOB 'version-1-????????';
 CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
+CREATE TABLE request (
+    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX request_first ON request (first);
+INSERT INTO request SELECT idempotency_key, NULL, id, 1 FROM job WHERE idempotency_key IS NOT NULL;
+DROP INDEX job_idempotency_key;
+CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
+ALTER TABLE job DROP COLUMN idempotency_key;
 """,
 }
 
@@ -114,9 +126,11 @@ _GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from
 
 GET_JOB = f"{_JOB} WHERE job.id = ?"
 GET_STATE = "SELECT id, name, attempt, failures, cancelling, worker, state FROM job WHERE id = ?"
-INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, idempotency_key, not_before, created_at)
-    VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)"""
-FIND_KEY = "SELECT id, name, environment FROM job WHERE idempotency_key = ?"
+INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, not_before, created_at)
+    VALUES (?, ?, 'queued', ?, ?, ?, ?)"""
+FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
+INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
+DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
 # A seek a name. Left to itself, SQLite's planner walks all that is queued by job_state.
 READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
@@ -144,7 +158,7 @@ START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
 _ENDED = "RETURNING id, name, state, created_at, started_at, finished_at"
 FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = :reason, finished_at = :now
     WHERE {_GUARD} {_ENDED}"""
-CANCEL_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
+END_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
     WHERE id = :id AND state = :from_state {_ENDED}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
     started_at = NULL, log_bytes = 0 WHERE {_GUARD}"""
@@ -153,6 +167,13 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
+SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
+QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
+    SELECT min(name) FROM job
+    UNION ALL
+    SELECT (SELECT min(name) FROM job WHERE name > known.name) FROM known WHERE name IS NOT NULL)
+    SELECT name FROM known WHERE name IS NOT NULL"""
+QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
@@ -162,13 +183,6 @@ DISCONNECT_WORKER = "UPDATE worker SET connected = 0 WHERE id = ? AND connected_
 DISCONNECT_ALL = "UPDATE worker SET connected = 0 WHERE expected = 1 AND connected"
 FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND expected = 1"
 LOG_STATE = "SELECT log_bytes FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
-LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
-INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
-CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
-READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
-    ORDER BY byte_offset LIMIT 16"""
-LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
-LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
@@ -195,7 +209,13 @@ class NewJob(NamedTuple):
     environment: dict[str, str] | None = None
     priority: int = 0
     delay: float = 0
-    idempotency_key: str | None = None
+
+
+class Key(NamedTuple):
+    """An idempotency key, and what the request that has it asks for, in a form in which equals are the same text."""
+
+    text: str
+    content: str
 
 
 class FreeSlots(NamedTuple):
@@ -382,35 +402,58 @@ def _move(db: Database, statement: str, event: str, from_state: str, job: int, *
 # Jobs come in
 
 
-def add(db: Database, jobs: Sequence[NewJob], now: float, hold: bool = True) -> list[int] | Refusal:
-    """Queue jobs; give their ids, all or none. No two of them may have the same idempotency key.
+def add(
+    db: Database, jobs: Sequence[NewJob], now: float, hold: bool = True, key: Key | None = None
+) -> list[int] | Refusal:
+    """Queue jobs; give their ids, all or none.
 
-    now: seconds since the epoch. hold: also where no worker is connected or within its grace. A job whose idempotency
-    key is known already is not queued again: its id is given. Refused as a conflict where that key came with another
-    name or environment.
+    now: seconds since the epoch. hold: also where no worker is connected or within its grace. Where the key is known
+    nothing is queued: the ids are those of the request that had it; refused as a conflict if that was another one.
     """
+    if key and (known := find_request(db, key)) is not None:
+        return known
     if not hold and not db.one(ANY_EXPECTED):
         return Refusal("no worker", "worker is not exist")
-    ids: list[int] = []
+    first = db.notes.last_id + 1
+    ids = list(range(first, first + len(jobs)))
     rows = []
-    last_id = db.notes.last_id
-    for name, variables, priority, delay, key in jobs:
+    for id_, (name, variables, priority, delay) in zip(ids, jobs, strict=True):
         environment = json.dumps(variables, ensure_ascii=False) if variables else None
-        if key is not None and (known := db.one(FIND_KEY, key)):
-            if tuple(known)[1:] != (name, environment):
-                detail = f"this Idempotency-Key was used for job {known['id']}, which is another request"
-                return Refusal("conflict", detail)
-            ids.append(known["id"])
-            continue
-        last_id += 1
-        rows.append((last_id, name, priority, environment, key, now + delay if delay > 0 else None, now))
-        ids.append(last_id)
+        rows.append((id_, name, priority, environment, now + delay if delay > 0 else None, now))
     db.connection.executemany(INSERT_JOB, rows)
-    db.notes.last_id = last_id
-    db.notes.moved["queued"] += len(rows)
+    if key:
+        db.execute(INSERT_REQUEST, (*key, first, len(jobs)))
+    db.notes.last_id += len(jobs)
+    db.notes.moved["queued"] += len(jobs)
     db.notes.jobs.update(ids)
     db.notes.ready = True
     return ids
+
+
+def find_request(db: Database, key: Key) -> list[int] | Refusal | None:
+    """The ids of the jobs that a request with this key queued; None: there was none. A conflict if it was another."""
+    known = db.one(FIND_REQUEST, key.text)
+    if known is None:
+        return None
+    content, first, count = known
+    if content not in (None, key.content):  # None: of a release that did not keep it
+        return Refusal("conflict", f"this Idempotency-Key was used for job {first}, which is another request")
+    return list(range(first, first + count))
+
+
+def shift_delays(db: Database, seconds: float) -> None:
+    """Move the times that delayed jobs wait for, as the clock was set: a delay is a duration."""
+    db.execute(SHIFT_DELAYS, (seconds,))
+
+
+def end_gone(db: Database, names: frozenset[str], now: float, limit: int) -> int:
+    """End up to `limit` queued jobs whose entry has left jobs.yaml, which now has these names; how many those were."""
+    count = 0
+    for (name,) in db.execute(QUEUED_NAMES).fetchall():
+        if name not in names and count < limit:
+            for (job,) in db.execute(QUEUED_OF_NAME, (name, limit - count)).fetchall():
+                count += _move(db, END_WAITING, "gone", "queued", job, reason="gone", now=now)
+    return count
 
 
 def make_due(db: Database, now: float) -> int:
@@ -594,7 +637,7 @@ def cancel(db: Database, job: int, now: float) -> sqlite3.Row | Refusal:
         db.execute(SET_CANCELLING, (job,))
         db.notes.jobs.add(job)
     else:
-        _move(db, CANCEL_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
+        _move(db, END_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
     if row["worker"] is not None:
         db.notes.workers.add(row["worker"])
         db.notes.orders.append(Order(row["worker"], job, row["attempt"], row["state"] == "running"))
@@ -710,59 +753,6 @@ def totals(db: Database) -> Totals:
     return copy.deepcopy(db.totals)
 
 
-# Logs
-
-
-def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, data: bytes) -> int | None:
-    """Keep a piece of an attempt's output; the offset up to which it is kept now, None for a stale message.
-
-    What is there already is not written twice. Past head and tail, the middle goes.
-    """
-    row = db.one(LOG_STATE, job, attempt, worker)
-    if row is None:
-        return None
-    have: int = row[0]
-    if offset < have:
-        data, offset = data[have - offset :], have
-    if data:
-        have = offset + len(data)
-        db.execute(INSERT_LOG, (job, attempt, offset, data))
-        db.execute(LOG_GROWS, (have, job))
-        if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
-            db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
-        db.notes.jobs.add(job)
-    return have
-
-
-def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:
-    """Pieces of an attempt's output from a byte offset on, as (offset, bytes), some at a time; empty at its end."""
-    first = db.one(LOG_CHUNK_BEFORE, job, attempt, offset)[0]
-    rows = db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)).fetchall()
-    pieces = []
-    for start_, data in rows:
-        skip = max(offset - start_, 0)
-        if skip < len(data):
-            pieces.append((start_ + skip, data[skip:]))
-    return pieces
-
-
-def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
-    """The byte offset at which the last `lines` lines of an attempt's output begin."""
-    offset, wanted, last = 0, lines, True
-    for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
-        if not lines:
-            return int(offset) + len(data)
-        end: int = len(data)
-        if last and data.endswith(b"\n"):
-            end -= 1
-        last = False
-        while wanted and (end := data.rfind(b"\n", 0, end)) >= 0:
-            wanted -= 1
-        if end >= 0:
-            return int(offset) + end + 1
-    return 0
-
-
 # Retention
 
 
@@ -770,7 +760,7 @@ def prune(db: Database, before: float, limit: int) -> int:
     """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were."""
     rows = db.execute(OLD_JOBS, (before, limit)).fetchall()
     for job, state in rows:
-        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_JOB):
+        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
             db.execute(statement, (job,))
         db.notes.moved[state] -= 1
     for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
