@@ -176,7 +176,7 @@ class Dispatcher:
         self.store, self.grace = store, grace
         self._clock, self._chance = clock, chance or random.Random()
         self._loop = asyncio.get_running_loop()
-        self._use(configs)
+        self.configs, self._config_frames = configs, config_frames(configs)
         self.workers: dict[int, ConnectedWorker] = {}
         self.away: dict[int, GracePeriod] = {}
         self.offers: dict[
@@ -188,10 +188,6 @@ class Dispatcher:
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
-
-    def _use(self, configs: Configs) -> None:
-        self.configs = configs
-        self._config_frames = {version: protocol.encode(JobConfigs(configs.to_wire(version))) for version in (1, 2)}
 
     def resume(self, workers: list[tuple[int, str, int]]) -> None:
         """After a server start: give the workers of before a fresh grace. Version 1 workers never come back."""
@@ -401,9 +397,9 @@ class Dispatcher:
             self._claim_again = False
             self.dispatch()
 
-    def reload(self, configs: Configs) -> None:
-        """Take a new configuration: for jobs not yet started, and to all workers."""
-        self._use(configs)
+    def reload(self, configs: Configs, frames: dict[int, bytes]) -> None:
+        """Take a new configuration and its config_frames: for jobs not yet started, and to all workers."""
+        self.configs, self._config_frames = configs, frames
         for worker in self.workers.values():
             worker.send_configs(configs, self._config_frames)
             self._refresh_offer(worker)
@@ -425,6 +421,17 @@ class Dispatcher:
     def _report(self, result: object) -> None:
         if isinstance(result, Exception) and not isinstance(result, StoreError):
             log.error("internal error", exc_info=result)
+
+
+def config_frames(configs: Configs) -> dict[int, bytes]:
+    """Give the frames of JobConfigs, by the version of the protocol."""
+    return {version: protocol.encode(JobConfigs(configs.to_wire(version))) for version in (1, 2)}
+
+
+def read_configs(path: Path) -> tuple[Configs, dict[int, bytes]]:
+    """Read a jobs.yaml, which takes seconds for a large one. Raises ConfigError."""
+    configs = Configs(load_jobs(path))
+    return configs, config_frames(configs)
 
 
 class ClockWatch:
@@ -523,14 +530,14 @@ class Server:
 
     async def _reload(self) -> None:
         try:
-            jobs = await asyncio.to_thread(load_jobs, self.options.jobs)
+            configs, frames = await asyncio.to_thread(read_configs, self.options.jobs)
         except ConfigError as error:
             log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
             return
-        self.dispatcher.reload(Configs(jobs))
-        self.api.configs = self.dispatcher.configs
+        self.dispatcher.reload(configs, frames)
+        self.api.configs = configs
         self._end_gone()
-        log.info("read %s again: %d jobs", self.options.jobs, len(jobs))
+        log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
 
     def _end_gone(self) -> None:
         """End what is queued under names that jobs.yaml has no more."""

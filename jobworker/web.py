@@ -292,6 +292,8 @@ class HttpConnection(BaseHTTPRequestHandler):
             self._wait_until(time.monotonic() + HEAD_SECONDS)
             seen = self._peek_further(seen)
             end = seen.find(b"\r\n\r\n")
+        if end == 0:
+            raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line is missing")
         if end < 0 and len(seen) >= MAX_HEAD_BYTES:
             raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes")
         if end < 0 and seen.strip():
