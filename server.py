@@ -76,11 +76,23 @@ DISTRUST_SECONDS = 3_600
 log = logging.getLogger("server")
 
 
+Write = Callable[[ServerConnection, bytes], None]
+
+
+def write_without_waiting(socket: ServerConnection, frame: bytes) -> None:
+    """Write a frame. A worker that lets too much lie unread loses its connection."""
+    broadcast([socket], frame)
+    if socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+        log.warning("a worker at %s does not read what it is sent; ending its connection", socket.remote_address[0])
+        socket.transport.abort()
+
+
 @dataclass(eq=False)
 class ConnectedWorker:
     """A worker's connection. `jobs` holds what it was sent and has not finished: attempt by job id."""
 
     socket: ServerConnection
+    write: Write
     hello: Hello
     since: float
     id: int = 0
@@ -110,25 +122,20 @@ class ConnectedWorker:
         return FreeSlots(self.id, self.hello.slots - len(self.jobs), names)
 
     def send(self, *messages: protocol.FromServer) -> None:
-        """Write messages without waiting. A worker that lets too much of them lie unread loses its connection."""
+        """Write messages, in as many frames as that takes; version 1 knows no other than Enqueue."""
         if self.protocol_version == 2:
-            self._write(*protocol.encode_batches(messages))
+            frames = protocol.encode_batches(messages)
         else:
-            orders = [message for message in messages if isinstance(message, Enqueue)]
-            self._write(*(protocol.encode(Enqueue(order.job, order.name)) for order in orders))
+            orders = (message for message in messages if isinstance(message, Enqueue))
+            frames = (protocol.encode(Enqueue(order.job, order.name)) for order in orders)
+        for frame in frames:
+            self.write(self.socket, frame)
 
     def send_configs(self, configs: Configs, frames: dict[int, bytes]) -> None:
         """Write the configuration, in the frame of its version, where it is not what was sent last."""
         if self.configs is not configs:
             self.configs = configs
-            self._write(frames[self.protocol_version])
-
-    def _write(self, *frames: bytes) -> None:
-        for frame in frames:
-            broadcast([self.socket], frame)
-        if self.socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
-            log.warning("worker %s does not read what it is sent; ending its connection", self.name)
-            self.socket.transport.abort()
+            self.write(self.socket, frames[self.protocol_version])
 
 
 class GracePeriod(NamedTuple):
@@ -172,9 +179,10 @@ class Dispatcher:
         grace: float,
         clock: Callable[[], float] = time.time,
         chance: random.Random | None = None,
+        write: Write = write_without_waiting,
     ) -> None:
         self.store, self.grace = store, grace
-        self._clock, self._chance = clock, chance or random.Random()
+        self._clock, self._chance, self._write = clock, chance or random.Random(), write
         self._loop = asyncio.get_running_loop()
         self.configs, self._config_frames = configs, config_frames(configs)
         self.workers: dict[int, ConnectedWorker] = {}
@@ -200,7 +208,7 @@ class Dispatcher:
     async def serve(self, socket: ServerConnection) -> None:
         """Serve one connection of a worker, from its handshake to its end."""
         try:
-            worker = ConnectedWorker(socket, await self._hello(socket), self._clock())
+            worker = ConnectedWorker(socket, self._write, await self._hello(socket), self._clock())
             try:
                 await self._attach(worker)
                 async for data in socket:
@@ -435,29 +443,115 @@ def read_configs(path: Path) -> tuple[Configs, dict[int, bytes]]:
 
 
 class ClockWatch:
-    """Notices when somebody sets the clock: by one that nobody can set, and that goes on while the machine sleeps."""
+    """Notices when somebody sets the clock.
 
-    def __init__(self) -> None:
-        self._offset = self._now()
-        self.trusted_from = 0.0  # on the clock that nobody can set
+    clock: seconds since the epoch, which may be set; steady: seconds that go on also while the machine sleeps.
+    """
 
-    def _now(self) -> float:
-        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    def __init__(self, clock: Callable[[], float], steady: Callable[[], float]) -> None:
+        self._clock, self._steady = clock, steady
+        self._offset = clock() - steady()
+        self._trusted_from = steady()
 
     def jump(self) -> float:
         """By how many seconds the clock was set since the last call; 0 where it went on as it should."""
-        offset = self._now()
+        offset = self._clock() - self._steady()
         jump = offset - self._offset
         self._offset = offset
         if abs(jump) < CLOCK_JUMP_SECONDS:
             return 0.0
-        self.trusted_from = time.clock_gettime(time.CLOCK_BOOTTIME) + DISTRUST_SECONDS
+        self._trusted_from = self._steady() + DISTRUST_SECONDS
         return jump
 
     @property
     def is_trusted(self) -> bool:
-        """Whether the clock was not set for a while: what is deleted for its age is not to be had back."""
-        return time.clock_gettime(time.CLOCK_BOOTTIME) >= self.trusted_from
+        """Whether the clock was not set for a while: what is pruned for its age is not to be had back."""
+        return self._steady() >= self._trusted_from
+
+
+def steady_clock() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Core:
+    """Store and dispatcher at work: carries out what commits leave to do and what time brings. No sockets, no signals.
+
+    keep: seconds for which ended jobs stay; 0: for ever.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        keep: float,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_clock,
+    ) -> None:
+        self.store, self.dispatcher, self._keep, self._clock = store, dispatcher, keep, clock
+        self._clock_watch = ClockWatch(clock, steady)
+
+    async def start(self) -> None:
+        """Take over what is in the database; to be called once, before anyone connects."""
+        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
+        await asyncio.wrap_future(self.store.do(state.tick, self._clock()))
+        self.end_gone()
+
+    def on_commit(self, commit: Commit) -> None:
+        """Call back who waits for a commit, pass on its orders, and have what it made ready claimed."""
+        for callback, result in commit.calls:
+            try:
+                callback(result)
+            except Exception as error:  # the others' results still count
+                log.error("internal error", exc_info=error)
+        for order in commit.orders:
+            self.dispatcher.carry_out(order)
+        if commit.ready:
+            self.dispatcher.dispatch()
+
+    async def run(self) -> None:
+        """Do what time brings, until the database is broken."""
+        clean_at = 0.0
+        while not self.store.broken:
+            try:
+                now = asyncio.get_running_loop().time()
+                if now >= clean_at:
+                    clean_at = now + PRUNE_SECONDS
+                    self._prune()
+                    self.end_gone()
+                self._tick()
+            except Exception as error:
+                log.error("internal error", exc_info=error)
+            await asyncio.sleep(TICK_SECONDS)
+        log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
+
+    def _tick(self) -> None:
+        if jump := self._clock_watch.jump():
+            log.warning("the clock was set %s by %.0f s", "ahead" if jump > 0 else "back", abs(jump))
+            self.store.do(state.shift_delays, jump)
+        if self.store.error:
+            self.store.do(state.probe)
+        else:
+            self.store.do(state.make_due, self._clock())
+        self.dispatcher.tick()
+        self.store.do(state.tick, self._clock())
+
+    def end_gone(self) -> None:
+        """End what is queued under names that jobs.yaml has no more."""
+
+        def ended(count: int | Exception) -> None:
+            if count == GONE_JOBS:  # some at a time, with room for others between
+                self.end_gone()
+
+        names = frozenset(self.dispatcher.configs.by_name)
+        self.store.do_then(ended, state.end_gone, names, self._clock(), GONE_JOBS)
+
+    def _prune(self) -> None:
+        def pruned(count: int | Exception) -> None:
+            if count == PRUNE_JOBS:  # some at a time, with room for others between
+                self._prune()
+
+        if self._keep and self._clock_watch.is_trusted:
+            self.store.do_then(pruned, state.prune, self._clock() - self._keep, PRUNE_JOBS)
 
 
 class Server:
@@ -469,26 +563,24 @@ class Server:
         self.stopped: asyncio.Future[int] = self.loop.create_future()
         self.store = Store(str(options.database), self._deliver).start()
         self.dispatcher = Dispatcher(self.store, Configs(jobs), options.grace)
+        self.core = Core(self.store, self.dispatcher, options.keep)
         self.api = Api(self.store, self.dispatcher.configs, options.hold)
         self.access = Access(options.host, options.tokens)
-        self.clock = ClockWatch()
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
         if commit.calls or commit.orders or self.dispatcher.offers:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(self._on_commit, commit)
+                self.loop.call_soon_threadsafe(self.core.on_commit, commit)
 
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""
-        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
-        await asyncio.wrap_future(self.store.do(state.tick, time.time()))
+        await self.core.start()
         listener = RunnerListener()
         front = HttpServer((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
         self.loop.add_signal_handler(signal.SIGHUP, self._start_reload)
-        self._end_gone()
         async with serve_websockets(
             self.dispatcher.serve,
             sock=listener,
@@ -509,11 +601,12 @@ class Server:
             threading.Thread(target=front.serve_forever, name="http", daemon=True).start()
             host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
             log.info("listening on http://%s:%d", host, front.server_address[1])
-            ticks = asyncio.ensure_future(self._tick_for_ever())
+            ticking = asyncio.ensure_future(self.core.run())
+            ticking.add_done_callback(lambda _task: self._stop(1))
             code = await self.stopped
             await asyncio.to_thread(front.shutdown)
             front.server_close()
-            ticks.cancel()
+            ticking.cancel()
         await asyncio.to_thread(self.store.close)
         return code
 
@@ -536,64 +629,8 @@ class Server:
             return
         self.dispatcher.reload(configs, frames)
         self.api.configs = configs
-        self._end_gone()
+        self.core.end_gone()
         log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
-
-    def _end_gone(self) -> None:
-        """End what is queued under names that jobs.yaml has no more."""
-
-        def ended(count: int | Exception) -> None:
-            if count == GONE_JOBS:  # some at a time, with room for others between
-                self._end_gone()
-
-        names = frozenset(self.dispatcher.configs.by_name)
-        self.store.do_then(ended, state.end_gone, names, time.time(), GONE_JOBS)
-
-    def _on_commit(self, commit: Commit) -> None:
-        for callback, result in commit.calls:
-            try:
-                callback(result)
-            except Exception as error:  # the others' results still count
-                log.error("internal error", exc_info=error)
-        for order in commit.orders:
-            self.dispatcher.carry_out(order)
-        if commit.ready:
-            self.dispatcher.dispatch()
-
-    async def _tick_for_ever(self) -> None:
-        prune_at = 0.0
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            try:
-                if self.loop.time() >= prune_at:
-                    prune_at = self.loop.time() + PRUNE_SECONDS
-                    self._prune()
-                    self._end_gone()
-                self._tick()
-            except Exception as error:
-                log.error("internal error", exc_info=error)
-
-    def _tick(self) -> None:
-        if self.store.broken:
-            log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
-            self._stop(1)
-        if jump := self.clock.jump():
-            log.warning("the clock was set %s by %.0f s", "ahead" if jump > 0 else "back", abs(jump))
-            self.store.do(state.shift_delays, jump)
-        if self.store.error:
-            self.store.do(state.probe)
-        else:
-            self.store.do(state.make_due, time.time())
-        self.dispatcher.tick()
-        self.store.do(state.tick, time.time())
-
-    def _prune(self) -> None:
-        if self.options.keep and self.clock.is_trusted:
-            self.store.do_then(self._on_pruned, state.prune, time.time() - self.options.keep, PRUNE_JOBS)
-
-    def _on_pruned(self, count: int | Exception) -> None:
-        if count == PRUNE_JOBS:  # a little at a time, with room for others between
-            self._prune()
 
 
 def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
