@@ -5,8 +5,7 @@ slot; what the container writes comes through a pipe that the loop reads.
 
     Worker    the attempts that this worker holds, its slots, its configurations; keeps connected
     Session   one connection with a server: frames in, batches out
-    Attempt   one life, from Enqueue to Settled, along TRANSITIONS
-    Output    what a container wrote and the server does not have yet
+    Attempt   one attempt of a job, from Enqueue to Settled, along TRANSITIONS; its container is a Life
     Cleaner   removes containers that nobody needs any more
     World     how all of these reach the network, the engine, the clock and chance
 
@@ -21,9 +20,7 @@ label, when it starts again, what it ran, and goes on:
 
 import argparse
 import asyncio
-import contextlib
 import fcntl
-import fnmatch
 import itertools
 import logging
 import os
@@ -36,7 +33,7 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -51,25 +48,11 @@ from websockets.typing import Subprotocol
 
 import protocol
 from jobworker import VERSION
-from jobworker.container import (
-    ENGINE_RETRY_SECONDS,
-    KILLED,
-    Answer,
-    Command,
-    Engine,
-    EngineAway,
-    NotStarted,
-    PastDeadline,
-    RunCommand,
-    docker_run_command,
-    end_orphans,
-    exit_of_command,
-    has_other_code,
-    is_running,
-    read_state,
-    seconds_since,
-)
+from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
+from jobworker.life import End, Life
 from jobworker.options import quiet_logger, start_logging
+from jobworker.orphans import end_orphans
+from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, pipe
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -101,26 +84,17 @@ TRANSITIONS = {
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 BATCH_BYTES = 512 * 1024
-LOG_HEAD_BYTES = 512 * 1024
-LOG_BUFFER_BYTES = 1024 * 1024
-LOG_PIECE_BYTES = 64 * 1024
-LOG_FLUSH_SECONDS = 0.2
 BACKOFF_FLOOR_SECONDS = 0.25
 BACKOFF_CEILING_SECONDS = 3.0
 STEADY_SECONDS = 5
 # The peer's silence is noticed after at most the sum of both: within 30 s.
 PING_SECONDS = 15
 PONG_SECONDS = 14
-PULL_TIMEOUT_SECONDS = 900
-STOP_GRACE_SECONDS = 10
-STOP_AGAIN_SECONDS = 0.5
-OOM_SECONDS = 0.5
-NOT_STARTED = 125
 SWEEP_SECONDS = 30
 REMOVE_AT_ONCE = 100
 
-Config = dict[str, Any]
 Result = JobSuccess | JobFailure
+OnEnd = Callable[["Attempt"], None]
 
 log = logging.getLogger("worker")
 
@@ -153,69 +127,6 @@ class World:
     end_orphans: Callable[[dict[str, str]], Awaitable[None]]
     wall: Callable[[], float]
     chance: random.Random
-
-
-class Output:
-    """What a container wrote and the server does not have on disk yet: pieces with their byte offset.
-
-    At most LOG_BUFFER_BYTES: past the head, the oldest pieces are dropped; the server shows how much is missing.
-    """
-
-    def __init__(self) -> None:
-        self.end = 0
-        self._head: deque[tuple[int, bytes]] = deque()  # pieces that begin before LOG_HEAD_BYTES
-        self._tail: deque[tuple[int, bytes]] = deque()
-        self._size = 0
-        self._sent = 0
-        self._kept = 0
-
-    def add(self, data: bytes) -> None:
-        start, self.end = self.end, self.end + len(data)
-        if self.end <= self._kept:
-            return
-        data = data[max(self._kept - start, 0) :]
-        self._size += len(data)
-        start = self.end - len(data)
-        last = self._tail or self._head
-        if last and self._is_open(last[-1], start):
-            start, before = last.pop()
-            data = before + data
-        (self._head if start < LOG_HEAD_BYTES else self._tail).append((start, data))
-        while self._size > LOG_BUFFER_BYTES:
-            self._size -= len((self._tail or self._head).popleft()[1])
-
-    def _is_open(self, piece: tuple[int, bytes], end: int) -> bool:
-        start, data = piece
-        return start >= self._sent and start + len(data) == end and len(data) < LOG_PIECE_BYTES // 2
-
-    def kept(self, offset: int) -> None:
-        """Forget what the server has on disk, up to an offset."""
-        self._kept = max(self._kept, offset)
-        self._sent = max(self._sent, self._kept)
-        for pieces in (self._head, self._tail):
-            while pieces and pieces[0][0] + len(pieces[0][1]) <= self._kept:
-                self._size -= len(pieces.popleft()[1])
-
-    def resend(self) -> None:
-        """On a new connection: everything that is not on disk has to be sent again."""
-        self._sent = self._kept
-
-    def read_again(self) -> None:
-        """The output will be added again from its start."""
-        self.end = self._size = 0
-        self._head.clear()
-        self._tail.clear()
-
-    def unsent(self, limit: int) -> Iterator[tuple[int, bytes]]:
-        """Give up to about `limit` bytes that were not sent on this connection, as (offset, bytes)."""
-        for start, data in itertools.chain(self._head, self._tail):
-            if limit <= 0:
-                return
-            if start + len(data) > self._sent:
-                skip = max(self._sent - start, 0)
-                self._sent = start + len(data)
-                limit -= len(data) - skip
-                yield start + skip, data[skip:]
 
 
 class Session:
@@ -276,90 +187,64 @@ class Session:
 
 
 class Attempt:
-    """One life of an attempt, from Enqueue to Settled.
+    """One attempt of a job, from Enqueue to Settled: its states, and what the server is told of it."""
 
-    configs: the worker's, by name. A job has the one from its start; a container found running, the one in force.
-    """
-
-    def __init__(
-        self,
-        engine: Engine,
-        configs: dict[str, Config],
-        key: tuple[int, int],
-        name: str,
-        container: str,
-        environment: dict[str, str],
-    ) -> None:
-        self.key = key
+    def __init__(self, life: Life, key: tuple[int, int], name: str, environment: dict[str, str]) -> None:
+        self.key, self.name, self.environment = key, name, environment
         self.job, self.attempt = key
-        self.name, self.container = name, container
         self.state = "assigned"
-        self.output = Output()
+        self.life = life
         self.result: Result | None = None
-        self._engine, self._configs, self._environment = engine, configs, environment
-        self._config: Config | None = None
-        self._started: float | None = None  # on the loop's clock
-        self._stop_reason: str | None = None
-        self._stopped = asyncio.Event()  # told to stop, or let go
-        self._over = asyncio.Event()  # ended, or let go
         self._reported_on: Session | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    @property
-    def config(self) -> Config:
-        return self._config or self._configs.get(self.name, {})
+        self._task: asyncio.Task[None] | None = None
 
     def _move(self, event: str) -> None:
         self.state = TRANSITIONS[self.state, event]
 
-    # What the worker does with it
-
     def ask(self) -> None:
         self._move("ask")
 
-    def start(self, life: Coroutine[Any, Any, Result], on_end: Callable[["Attempt"], None]) -> None:
-        """Begin a life, `run` or `adopt`. on_end: called when it has its result."""
-        self._move("start")
-        self._spawn(self._live(life, on_end))
+    def run(self, labels: dict[str, str], globs: list[str], version: int, on_end: OnEnd) -> None:
+        """Start its container. globs: the images that this worker runs; none: all. on_end: called with the result."""
+        job, attempt = map(str, self.key)
+        labels = {**labels, "jobworker.job": job, "jobworker.attempt": attempt, "jobworker.name": self.name}
+        own = {"JOBWORKER_JOB_ID": job, "JOBWORKER_JOB_NAME": self.name, "JOBWORKER_ATTEMPT": attempt}
+        self._start(self.life.run(labels, self.environment | own, globs, version), on_end)
 
-    async def _live(self, life: Coroutine[Any, Any, Result], on_end: Callable[["Attempt"], None]) -> None:
+    def adopt(self, wall: Callable[[], float], on_end: OnEnd) -> None:
+        """Go on with a container that a former life of this worker has left."""
+        self._start(self.life.adopt(wall), on_end)
+
+    def _start(self, life: Coroutine[Any, Any, End], on_end: OnEnd) -> None:
+        self._move("start")
+        self._task = asyncio.ensure_future(self._live(life, on_end))
+
+    async def _live(self, life: Coroutine[Any, Any, End], on_end: OnEnd) -> None:
         try:
-            result = await life
+            end = await life
         except (EngineAway, OSError) as error:  # also: more arguments than the system takes
-            result = self._failure("docker", str(error))
+            end = self.life.failure("docker", str(error))
         except Exception as error:
             log.error("job %d: internal error", self.job, exc_info=error)
-            result = JobFailure(*self.key, None, "worker")
-        self.end(result)
+            end = End(None, "worker")
+        self.end(JobFailure(*self.key, end.code, end.reason) if end.reason else JobSuccess(*self.key))
         on_end(self)
 
     def end(self, result: Result) -> None:
         self._move("end")
         self.result = result
-        self._over.set()
+        self.life.leave()
+
+    def stop(self, reason: str) -> None:
+        self.life.stop(reason, at_once=self.state == "running")
 
     def let_go(self) -> None:
         """The server has the result, or does not want it."""
         self._move("let go")
-        self._stopped.set()
-        self._over.set()
-
-    def stop(self, reason: str) -> None:
-        """Have it end: TERM, the grace period, KILL."""
-        if self.result or self._stop_reason:
-            return
-        self._stop_reason = reason
-        self._stopped.set()
-        if self.state == "running":
-            self._spawn(self._stop_container())
-
-    def stop_if_too_old(self) -> None:
-        timeout = self.config.get("timeout")
-        if timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout:
-            self.stop("timeout")
+        self.life.leave()
 
     def send_log(self, session: Session, limit: int) -> None:
-        for offset, data in self.output.unsent(limit):
+        for offset, data in self.life.output.unsent(limit):
             session.send(Log(*self.key, offset, data))
 
     def report(self, session: Session) -> None:
@@ -372,114 +257,6 @@ class Attempt:
             return
         self.send_log(session, LOG_BUFFER_BYTES)
         session.send(self.result)
-
-    # Its life
-
-    async def run(self, labels: dict[str, str], globs: list[str], version: int) -> Result:
-        """Live from Go to the result. globs: the images that this worker runs; none: all."""
-        config = self._configs.get(self.name)
-        try:
-            if config is None:
-                raise ValueError(f"the server sent no configuration for {self.name}")
-            command = self._command(config, labels, version)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:  # another server's may be of any form
-            return self._failure("config", str(error))
-        if not allows(globs, config):
-            return self._failure("refused", f"this worker does not run {config['image']}: see its --allow-image")
-        return await self._run_container(config, command)
-
-    def _command(self, config: Config, labels: dict[str, str], version: int) -> Command:
-        job, attempt = map(str, self.key)
-        labels = {**labels, "jobworker.job": job, "jobworker.attempt": attempt, "jobworker.name": self.name}
-        own = {"JOBWORKER_JOB_ID": job, "JOBWORKER_JOB_NAME": self.name, "JOBWORKER_ATTEMPT": attempt}
-        return docker_run_command(config, self.container, labels, self._environment | own, version)
-
-    async def _run_container(self, config: Config, command: Command) -> Result:
-        image = config["image"]
-        while True:
-            if error := await self._provide_image(config):
-                return self._failure(self._stop_reason or "image", error)
-            if self._stopped.is_set():
-                return self._failure(self._stop_reason or "cancelled", "stopped before it started")
-            self._config, self._started = config, asyncio.get_running_loop().time()
-            code = await self._engine.run(command, self.output.add)
-            if code != NOT_STARTED or image not in self._engine.images or await self._engine.has_image(image):
-                return await self._conclude(code)
-            self.output.read_again()  # somebody removed the image since the last job
-
-    async def _provide_image(self, config: Config) -> str:
-        """Have the image here, as the policy says; an error where it can't be had, or ""."""
-        image, policy = config["image"], config.get("pull_policy", "missing")
-        if policy == "never" or (policy == "missing" and image in self._engine.images):
-            return ""
-        pull = asyncio.ensure_future(self._engine.provide_image(image, policy, config.get("platform")))
-        stopped = asyncio.ensure_future(self._stopped.wait())
-        limit = config.get("pull_timeout", PULL_TIMEOUT_SECONDS)
-        await asyncio.wait([pull, stopped], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        if pull.done():
-            return pull.result()
-        pull.cancel()
-        return f"pulling {image} " + ("was stopped" if self._stop_reason else f"took more than {limit} s")
-
-    async def adopt(self, wall: Callable[[], float]) -> Result:
-        """Live from a container that a former life has left, running or ended, to the result."""
-        state = await self._engine.state(self.container) or {}
-        self._started = asyncio.get_running_loop().time() - seconds_since(str(state.get("StartedAt")), wall())
-        await self._follow()
-        return await self._conclude(None)
-
-    async def _conclude(self, code: int | None) -> Result:
-        """Find out how it ended. code: the exit code of `docker run`, None where that was not ours."""
-        if self.state == "unwanted":  # perhaps before there was a container
-            return JobFailure(*self.key, code, "cancelled")
-        state = await self._engine.state(self.container) if code != 0 else None
-        while state and (is_running(state) or (code is not None and has_other_code(state, code))):
-            await self._follow()  # the command was killed: the container, or its output, went on
-            state, code = await self._engine.state(self.container), None
-        if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
-            await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
-            state = await self._engine.state(self.container)
-        if (
-            state
-            and state.get("Status") == "created"
-            and not await self._engine.remove_if_never_started(self.container)
-        ):
-            return await self._conclude(None)
-        code, reason = read_state(state) if state else exit_of_command(code)
-        if reason == "docker" and not await self._engine.has_image(self.config.get("image", "")):
-            code, reason = None, "image"
-        if self._stop_reason:
-            return JobFailure(*self.key, code, self._stop_reason)
-        return JobSuccess(*self.key) if code == 0 else JobFailure(*self.key, code, reason)
-
-    async def _follow(self) -> None:
-        """Read the container's output again from its start, until it has ended."""
-        whole = False
-        while not whole:
-            self.output.read_again()
-            whole = await self._engine.follow(self.container, self.output.add)
-            if not whole:  # the command was killed, or the engine is away: a container that is gone has no state
-                whole = await self._engine.state(self.container) is None
-                await asyncio.sleep(ENGINE_RETRY_SECONDS)
-        await self._engine.wait(self.container)
-
-    def _failure(self, reason: str, detail: str) -> JobFailure:
-        """An end without an exit code, whose log says why."""
-        self.output.add(f"jobworker: {detail}\n".encode())
-        return JobFailure(*self.key, None, reason)
-
-    async def _stop_container(self) -> None:
-        while not self._over.is_set():
-            # Again until it has ended: a container that is only being created can't be stopped yet.
-            await self._engine.stop(self.container, self.config.get("stop_grace_period", STOP_GRACE_SECONDS))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), STOP_AGAIN_SECONDS)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 class Cleaner:
@@ -509,7 +286,7 @@ class Worker:
         self.engine = Engine(world.command)
         self.cleaner = Cleaner(self.engine)
         self.held: dict[tuple[int, int], Attempt] = {}
-        self.configs: dict[str, Config] = {}  # the attempts have this very dict
+        self.configs: dict[str, dict[str, Any]] = {}  # the attempts' lives have this very dict
         self.server_id: str | None = None
         self.session: Session | None = None
         self.draining = False
@@ -585,7 +362,7 @@ class Worker:
         if session.version == 2:
             self._say_hello(session)
         for attempt in list(self.held.values()):
-            attempt.output.resend()
+            attempt.life.output.resend()
             if session.version == 1:  # it says no Logged
                 self._go_on(attempt, 0)
 
@@ -636,7 +413,8 @@ class Worker:
     # The attempts
 
     def _hold(self, key: tuple[int, int], name: str, container: str, environment: dict[str, str]) -> Attempt:
-        self.held[key] = attempt = Attempt(self.engine, self.configs, key, name, container, environment)
+        life = Life(self.engine, self.configs, name, container)
+        self.held[key] = attempt = Attempt(life, key, name, environment)
         return attempt
 
     def _ask(self) -> None:
@@ -664,11 +442,11 @@ class Worker:
 
     def _start(self, attempt: Attempt) -> None:
         version = self.session.version if self.session else 2
-        attempt.start(attempt.run(self._labels, self.options.allow_image, version), self._on_end)
+        attempt.run(self._labels, self.options.allow_image, version, self._on_end)
 
     def _go_on(self, attempt: Attempt, offset: int) -> None:
         """The server has an attempt's log up to an offset; after a new connection, it also waits for the rest of it."""
-        attempt.output.kept(offset)
+        attempt.life.output.kept(offset)
         if attempt.state == "asked":
             self._announce(attempt)
         else:
@@ -682,7 +460,7 @@ class Worker:
 
     def _on_end(self, attempt: Attempt) -> None:
         if attempt.state == "settled":  # let go while it ran
-            self.cleaner.add(attempt.container)
+            self.cleaner.add(attempt.life.container)
             return
         log.debug("job %d (%s), attempt %d: %s", attempt.job, attempt.name, attempt.attempt, attempt.result)
         self._report(attempt)
@@ -692,7 +470,7 @@ class Worker:
         """The server has the result, or does not want it: whatever is left of the attempt goes."""
         del self.held[attempt.key]
         attempt.let_go()
-        self.cleaner.add(attempt.container)
+        self.cleaner.add(attempt.life.container)
         self._ask()
         self._leave_if_drained()
 
@@ -715,7 +493,7 @@ class Worker:
                 continue
             attempt = self._hold((job, number), name, container, {})
             log.info("job %d: found its container, %s", job, state)
-            attempt.start(attempt.adopt(self.world.wall), self._on_end)
+            attempt.adopt(self.world.wall, self._on_end)
 
     # Clock and signals
 
@@ -725,10 +503,11 @@ class Worker:
             await asyncio.sleep(LOG_FLUSH_SECONDS)
             for attempt in list(self.held.values()):
                 if attempt.state == "running":
-                    attempt.stop_if_too_old()
+                    if attempt.life.is_too_old():
+                        attempt.stop("timeout")
                     # A flood is thinned out here: the rest of its middle never leaves this machine.
                     if self.session and self.session.version == 2 and not self.session.busy:
-                        limit = LOG_PIECE_BYTES if attempt.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
+                        limit = LOG_PIECE_BYTES if attempt.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
                         attempt.send_log(self.session, limit)
 
     async def _keep_clean(self) -> None:
@@ -745,7 +524,7 @@ class Worker:
                         self.cleaner.add(found.container)
 
     def running_containers(self) -> list[str]:
-        return [attempt.container for attempt in self.held.values() if attempt.state == "running"]
+        return [attempt.life.container for attempt in self.held.values() if attempt.state == "running"]
 
     def drain(self) -> None:
         """Take no new job, finish what runs, then leave."""
@@ -761,12 +540,6 @@ class Worker:
     def _leave_if_drained(self) -> None:
         if self.draining and not self.held:
             self._done.set()
-
-
-def allows(globs: list[str], config: Config) -> bool:
-    """Whether a worker with these --allow-image runs this configuration."""
-    words_alone = all(word.startswith("-") and word != "--" for word in config.get("options", []))
-    return not globs or (words_alone and any(fnmatch.fnmatchcase(config["image"], glob) for glob in globs))
 
 
 # The real world
@@ -838,37 +611,6 @@ class DockerCommand:
         return Answer(
             process.returncode or 0, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
         )
-
-
-def pipe(output: Callable[[bytes], None]) -> tuple[int, Callable[[], None]]:
-    """Give a pipe's end for a command to write to, and what reads the last of it.
-
-    Most of what ends at once costs the loop no more than that last read: it listens from the first flush on.
-    """
-    loop = asyncio.get_running_loop()
-    reading, writing = os.pipe()
-    os.set_blocking(reading, False)
-
-    def read() -> bool:
-        try:
-            data = os.read(reading, LOG_PIECE_BYTES)
-        except BlockingIOError:
-            return False
-        if data:
-            output(data)
-        else:
-            loop.remove_reader(reading)
-        return bool(data)
-
-    def drain() -> None:
-        listening.cancel()
-        while read():
-            pass
-        loop.remove_reader(reading)
-        os.close(reading)
-
-    listening = loop.call_later(LOG_FLUSH_SECONDS / 2, loop.add_reader, reading, read)
-    return writing, drain
 
 
 def real_world(options: argparse.Namespace) -> World:
