@@ -9,7 +9,7 @@ import pytest
 
 from jobworker import api as api_module
 from jobworker import config
-from test_jobworker import ROOT, Stage
+from tests.stage import ROOT, Stage
 
 README = (ROOT / "README.md").read_text()
 
