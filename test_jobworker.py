@@ -38,6 +38,7 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 from tests.peers import (
+    HANDSHAKE,
     POST,
     Events,
     Relay,
@@ -720,15 +721,6 @@ class TestPromise07NothingLeft:
         (stage.docker.folder / "down").unlink()
         assert server.ended(job)["success"]
         until(lambda: stage.docker.containers() == [], 30)
-
-
-HANDSHAKE = head(
-    b"GET /runner",
-    b"Connection: keep-alive, Upgrade",
-    b"Upgrade: WebSocket",
-    b"Sec-WebSocket-Version: 13",
-    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
-)
 
 
 class TestPromise08NoInputEnds:

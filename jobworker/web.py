@@ -253,7 +253,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         self.close_connection, request = True, None
         try:
             head = self._peek_head()
-            if not head or self._hand_over(head):
+            if head is None or self._hand_over(head):
                 return
             self.rfile.read(len(head) + 4)
             request = parse_head(head)
@@ -280,8 +280,8 @@ class HttpConnection(BaseHTTPRequestHandler):
             raise ConnectionAbortedError
         self.server.places[self] = (evictable_from, until)
 
-    def _peek_head(self) -> bytes:
-        """Wait for a request's head and leave it unread; b"" where the client has gone or was idle for too long.
+    def _peek_head(self) -> bytes | None:
+        """Wait for a request's head and leave it unread; None where the client has gone or was idle for too long.
 
         Raises BadFraming where it is too long or too slow.
         """
@@ -292,13 +292,11 @@ class HttpConnection(BaseHTTPRequestHandler):
             self._wait_until(time.monotonic() + HEAD_SECONDS)
             seen = self._peek_further(seen)
             end = seen.find(b"\r\n\r\n")
-        if end == 0:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line is missing")
         if end < 0 and len(seen) >= MAX_HEAD_BYTES:
             raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes")
         if end < 0 and seen.strip():
             raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time, or not whole")
-        return seen[: max(end, 0)]
+        return seen[:end] if end >= 0 else None
 
     def _peek_further(self, seen: bytes) -> bytes:
         """Peek until the head is whole, too long, or no more comes. The kernel wakes us only when there is more."""
@@ -391,6 +389,10 @@ class RunnerListener(socket.socket):
         """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
         self._handed_over.put(socket.socket(fileno=connection.detach()))
         self._bell.send(b"!")
+
+    def close(self) -> None:
+        self._bell.close()
+        super().close()
 
     def listen(self, backlog: int = 0, /) -> None:
         """Do nothing: there is nothing to bind or to listen to."""

@@ -243,6 +243,13 @@ WEBSOCKET = [
     b"Sec-WebSocket-Version: 13",
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
 ]
+HANDSHAKE = head(
+    b"GET /runner",
+    b"Connection: keep-alive, Upgrade",
+    b"Upgrade: WebSocket",
+    b"Sec-WebSocket-Version: 13",
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==",
+)
 POST = b"POST /api/jobs/quick"
 SMUGGLED = b"POST /api/jobs/hello-world HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
