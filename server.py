@@ -492,7 +492,7 @@ class Core:
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""
-        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
+        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self._clock())))
         await asyncio.wrap_future(self.store.do(state.tick, self._clock()))
         self.end_gone()
 

@@ -167,6 +167,8 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
+LATEST_MADE = "SELECT created_at FROM job ORDER BY id DESC LIMIT 1"
+LATEST_ENDED = "SELECT finished_at FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 1"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
     SELECT min(name) FROM job
@@ -558,8 +560,14 @@ def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_befo
 # Workers come and go
 
 
-def resume(db: Database) -> list[tuple[int, str, int]]:
-    """At the server's start nobody is connected; give id, name and protocol of each worker that may come back."""
+def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
+    """At the server's start nobody is connected; give id, name and protocol of each worker that may come back.
+
+    now: seconds since the epoch. Where the clock was set back meanwhile, what is delayed is as many seconds earlier.
+    """
+    latest = max(row[0] if (row := db.one(sql)) else 0 for sql in (LATEST_MADE, LATEST_ENDED))
+    if latest > now:
+        shift_delays(db, now - latest)
     db.execute(DISCONNECT_ALL)
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 

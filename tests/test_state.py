@@ -421,7 +421,7 @@ class StoreHistories(RuleBasedStateMachine):
         self.connected.clear()
         assert (self.store.server_id, self.counts()) == (identity, counts)
         may_come_back = {(worker, self.names[worker], 2) for worker in self.expected}
-        assert set(self.do(state_module.resume)) == may_come_back
+        assert set(self.do(state_module.resume, 1e9)) == may_come_back
 
     def counts(self) -> dict[str, int]:
         counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
