@@ -142,6 +142,7 @@ class Life:
             state = await self._engine.state(self.container)
         never_ran = state and state.get("Status") == "created"
         if never_ran and not await self._engine.remove_if_never_started(self.container):
+            await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self._engine.has_image(self.config.get("image", "")):

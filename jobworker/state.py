@@ -167,7 +167,7 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
-LATEST_MADE = "SELECT created_at FROM job ORDER BY id DESC LIMIT 1"
+LATEST_MADE = "SELECT created_at FROM job WHERE id > 0 ORDER BY id DESC LIMIT 1"
 LATEST_ENDED = "SELECT finished_at FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 1"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
