@@ -47,7 +47,7 @@ mutants: .venv/ready-dev ## break the code line by line and see the tests fail
 	@$(WITH_ENGINE) $(BIN)/python checks/mutants.py $(ARGS)
 
 clean: ## remove what all of these left in this folder
-	@rm -rf .venv .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ checks/__pycache__
+	@rm -rf .venv .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ */__pycache__
 
 .PHONY: browser
 browser:

@@ -38,7 +38,7 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
      17 Log          int32 job, int32 attempt, int64 offset, bytes    what the container wrote, from that offset of its
                                                                       output on; gaps are allowed
     both ways
-     31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch
+     31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch; 512 KiB, or one message
 
   Life of a connection: the server's answer to the opening handshake has its identity in the header Jobworker-Server.
   The worker says Hello; the server sends JobConfigs, Logged for each attempt it wants and Settled for each it does not.
@@ -52,7 +52,7 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
 import json
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,9 @@ SERVER_HEADER = "Jobworker-Server"
 CLOSE_REPLACED = 4001
 MAX_JOB_ID = 2**31 - 1
 MAX_LOG_OFFSET = 2**62
+MAX_TAGS = 100
+MAX_HELD_JOBS = 20_000
+BATCH_BYTES = 512 * 1024
 
 _INT32 = struct.Struct(">i")
 _JOB_ATTEMPT = struct.Struct(">ii")
@@ -165,10 +168,27 @@ def encode(message: Message) -> bytes:
 
 def encode_batch(messages: Iterable[Message]) -> bytes:
     """Give one version 2 frame that holds all the messages, in order."""
-    frames = [encode(message) for message in messages]
+    return _join([encode(message) for message in messages])
+
+
+def _join(frames: list[bytes]) -> bytes:
     if len(frames) == 1:
         return frames[0]
     return bytes([_BATCH]) + b"".join(part for frame in frames for part in (_LENGTH.pack(len(frame)), frame))
+
+
+def encode_batches(messages: Iterable[Message]) -> Iterator[bytes]:
+    """Give version 2 frames that hold the messages, in order; none is longer than BATCH_BYTES unless one message is."""
+    batch: list[bytes] = []
+    size = 0
+    for frame in map(encode, messages):
+        if batch and size + len(frame) > BATCH_BYTES:
+            yield _join(batch)
+            batch, size = [], 0
+        batch.append(frame)
+        size += len(frame)
+    if batch:
+        yield _join(batch)
 
 
 def decode_from_server(data: bytes | str, version: int = 1) -> list[FromServer]:
@@ -416,9 +436,11 @@ def _decode_hello(frame: bytes, _version: int) -> Hello:
         raise ProtocolError("'name' must be 1 to 128 printable characters")
     if not 0 <= slots <= 10_000:
         raise ProtocolError("'slots' must be 0 to 10000")
-    if not all(isinstance(tag, str) for tag in tags):
-        raise ProtocolError("'tags' must be strings")
+    if not all(isinstance(tag, str) and len(tag) <= 128 for tag in tags) or len(tags) > MAX_TAGS:
+        raise ProtocolError(f"'tags' must be at most {MAX_TAGS} strings of at most 128 characters")
     jobs = tuple(_held_job(held) for held in _field(value, "jobs", list, []))
+    if len(jobs) > MAX_HELD_JOBS:
+        raise ProtocolError(f"'jobs' must be at most {MAX_HELD_JOBS}")
     return Hello(name, slots, tuple(tags), str(value.get("version"))[:100], jobs)
 
 

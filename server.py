@@ -3,8 +3,8 @@
 Its threads, and what they may touch:
 
     main thread      the event loop: Dispatcher (worker connections, claims, timers). Everything in this file runs here.
-    http.server      one thread a connection (api.py): answers requests from the store; hands those for /runner over
-    store            the database (store.py), where the two meet
+    http.server      one thread a connection (web.py, api.py): answers requests from the store; hands /runner over
+    store            the database (store.py, state.py), where the two meet, and nowhere else
 
 A job is claimed late: when a worker has a free slot. What a worker reports is written by one transaction a frame, and
 answered when that is on disk.
@@ -13,7 +13,6 @@ answered when that is on disk.
 import argparse
 import asyncio
 import contextlib
-import functools
 import gc
 import ipaddress
 import logging
@@ -25,11 +24,10 @@ import signal
 import sys
 import threading
 import time
-import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import websockets.http11
 from websockets.asyncio.server import ServerConnection, broadcast
@@ -39,13 +37,13 @@ from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 import protocol
-from jobworker import VERSION, state, store
-from jobworker.api import Api, Events, Metrics, timestamp
-from jobworker.config import ConfigError, JobConfig, load_jobs, parse_duration
+from jobworker import VERSION, logs, state
+from jobworker.api import Api
+from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
 from jobworker.options import OptionError, command_line, quiet_logger, read_tokens, setting, start_logging
-from jobworker.state import Database, Offer, RetryDelay
-from jobworker.store import Store, StoreError
-from jobworker.web import Access, Front, RunnerListener
+from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
+from jobworker.store import Commit, Store, StoreError
+from jobworker.web import Access, HttpServer, RunnerListener
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -62,6 +60,8 @@ from protocol import (
 )
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_UNREAD_BYTES = 4 * 1024 * 1024
+MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
 # The peer's silence is noticed after at most the sum of both: within 30 s.
 PING_SECONDS = 15
@@ -69,106 +69,83 @@ PONG_SECONDS = 14
 TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
-MAX_RETRY_DELAY_SECONDS = 3_600
-
-VERSION_1_PREFIX = "version-1-"
+GONE_JOBS = 500
+CLOCK_JUMP_SECONDS = 2
+DISTRUST_SECONDS = 3_600
 
 log = logging.getLogger("server")
 
 
-def version_1_config(job: JobConfig) -> dict[str, Any]:
-    command = job.command if isinstance(job.command, str) else next(iter(job.command or ()), None)
-    return {"command": command, "image": job.image, "name": job.name}
+Write = Callable[[ServerConnection, bytes], None]
 
 
-class Configs:
-    """The jobs of jobs.yaml, in the forms that the server needs them in."""
-
-    def __init__(self, jobs: Iterable[JobConfig]) -> None:
-        self.by_name = {job.name: job for job in jobs}
-        self.limits = {job.name: job.concurrency for job in self.by_name.values() if job.concurrency}
-        old = [job for job in self.by_name.values() if not job.needs_version_2]
-        self.frames = {
-            1: protocol.encode(JobConfigs(tuple(version_1_config(job) for job in old))),
-            2: protocol.encode(JobConfigs(tuple(job.to_wire() for job in self.by_name.values()))),
-        }
-        self._names: dict[tuple[tuple[str, ...], int], frozenset[str]] = {}
-
-    def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
-        """Which jobs a worker with these tags may take that speaks this version."""
-        if (tags, version) not in self._names:
-            jobs = [job for job in self.by_name.values() if version > 1 or not job.needs_version_2]
-            self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
-        return self._names[tags, version]
-
-    def retry_delay(self, name: str, failures: int) -> float | None:
-        """How long to wait after a job's so-manieth failure before it is tried again, in seconds; None: no more."""
-        job = self.by_name.get(name)
-        if job is None or failures > job.retries:
-            return None
-        delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), MAX_RETRY_DELAY_SECONDS)
-        return delay * random.uniform(0.75, 1.25)
+def write_without_waiting(socket: ServerConnection, frame: bytes) -> None:
+    """Write a frame. A worker that lets too much lie unread loses its connection."""
+    broadcast([socket], frame)
+    if socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
+        log.warning("a worker at %s does not read what it is sent; ending its connection", socket.remote_address[0])
+        socket.transport.abort()
 
 
-# The workers' side: everything here runs on the event loop
+@dataclass(eq=False)
+class ConnectedWorker:
+    """A worker's connection. `jobs` holds what it was sent and has not finished: attempt by job id."""
 
-
-@dataclass
-class Worker:
-    """A connected worker. `jobs` holds what it was sent and has not finished: attempt by job id."""
-
-    id: int
-    name: str
-    slots: int
-    tags: tuple[str, ...]
-    version: str
     socket: ServerConnection
-    address: str
-    jobs: dict[int, int]
-    connected_at: float = field(default_factory=time.time)
+    write: Write
+    hello: Hello
+    since: float
+    id: int = 0
+    jobs: dict[int, int] = field(default_factory=dict)
+    configs: Configs | None = None  # those it was sent
+
+    @property
+    def name(self) -> str:
+        return self.hello.name
 
     @property
     def protocol_version(self) -> int:
         return 2 if self.socket.subprotocol == VERSION_2 else 1
 
+    @property
+    def address(self) -> str:
+        host, port = self.socket.remote_address[:2]
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def arrival(self) -> Arrival:
+        hello = self.hello
+        about = (hello.name, self.protocol_version, hello.slots, hello.tags, self.address, hello.version, self.since)
+        return Arrival(*about, held=hello.jobs)
+
+    def free_slots(self, configs: Configs) -> FreeSlots:
+        names = configs.names_for(self.hello.tags, self.protocol_version)
+        return FreeSlots(self.id, self.hello.slots - len(self.jobs), names)
+
     def send(self, *messages: protocol.FromServer) -> None:
-        """Write messages without waiting: they are small, and a worker that reads none is soon pinged out."""
+        """Write messages, in as many frames as that takes; version 1 knows no other than Enqueue."""
         if self.protocol_version == 2:
-            broadcast([self.socket], protocol.encode_batch(messages))
-            return
-        for message in messages:
-            if isinstance(message, Enqueue):
-                broadcast([self.socket], protocol.encode(Enqueue(message.job, message.name)))
+            frames = protocol.encode_batches(messages)
+        else:
+            orders = (message for message in messages if isinstance(message, Enqueue))
+            frames = (protocol.encode(Enqueue(order.job, order.name)) for order in orders)
+        for frame in frames:
+            self.write(self.socket, frame)
 
-    def send_configs(self, configs: Configs) -> None:
-        broadcast([self.socket], configs.frames[self.protocol_version])
-
-    def as_listed(self) -> dict[str, Any]:
-        """What the original's API shows of a worker."""
-        return {"id": self.id, "working": bool(self.jobs)}
-
-    def as_json(self, connected: bool = True) -> dict[str, Any]:
-        return {
-            **self.as_listed(),
-            "name": self.name,
-            "slots": self.slots,
-            "tags": list(self.tags),
-            "jobs": sorted(self.jobs),
-            "address": self.address,
-            "connected_at": timestamp(self.connected_at),
-            "protocol": self.protocol_version,
-            "latency": round(self.socket.latency, 6) or None,
-            "version": self.version,
-            "connected": connected,
-        }
+    def send_configs(self, configs: Configs, frames: dict[int, bytes]) -> None:
+        """Write the configuration, in the frame of its version, where it is not what was sent last."""
+        if self.configs is not configs:
+            self.configs = configs
+            self.write(self.socket, frames[self.protocol_version])
 
 
-def address(socket: ServerConnection) -> str:
-    host, port = socket.remote_address[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+class GracePeriod(NamedTuple):
+    """A worker that may come back until a deadline, on the loop's clock."""
+
+    name: str
+    deadline: float
 
 
-def absorb(
+def record_reports(
     db: Database, worker: int, messages: list[protocol.FromWorker], now: float, retry: RetryDelay
 ) -> list[protocol.FromServer]:
     """Write what a worker's frame says; give the answers. A stale message changes nothing and is answered Settled."""
@@ -178,7 +155,7 @@ def absorb(
             case JobRunning(job, attempt):
                 replies.append((Go if state.start(db, worker, job, attempt, now) else Settled)(job, attempt))
             case Log(job, attempt, offset, data):
-                kept = state.append_log(db, worker, job, attempt, offset, data)
+                kept = logs.append_log(db, worker, job, attempt, offset, data)
                 replies.append(Settled(job, attempt) if kept is None else Logged(job, attempt, kept))
             case JobSuccess(job, attempt):
                 state.succeed(db, worker, job, attempt, now)
@@ -189,117 +166,114 @@ def absorb(
     return replies
 
 
-class Away(NamedTuple):
-    """A worker that may come back until a deadline, on the monotonic clock."""
-
-    name: str
-    deadline: float
-
-
 class Dispatcher:
-    """Knows who is connected and what they were sent; gives queued jobs to free slots."""
+    """Knows which connections there are and what each was sent; gives queued jobs to free slots.
 
-    def __init__(self, configs: Configs, grace: float) -> None:
-        self.configs = configs
-        self.grace = grace
-        self.workers: dict[int, Worker] = {}
-        self.away: dict[int, Away] = {}
-        self.changed_workers: dict[int, dict[str, Any]] = {}
-        self.store: Store
-        self.offers: dict[int, Offer] = {}  # of whoever has a free slot; whether any is there, the store's thread asks
+    clock: gives seconds since the epoch. Deadlines are on the loop's own clock, which no one sets.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        configs: Configs,
+        grace: float,
+        clock: Callable[[], float] = time.time,
+        chance: random.Random | None = None,
+        write: Write = write_without_waiting,
+    ) -> None:
+        self.store, self.grace = store, grace
+        self._clock, self._chance, self._write = clock, chance or random.Random(), write
+        self._loop = asyncio.get_running_loop()
+        self.configs, self._config_frames = configs, config_frames(configs)
+        self.workers: dict[int, ConnectedWorker] = {}
+        self.away: dict[int, GracePeriod] = {}
+        self.offers: dict[
+            int, FreeSlots
+        ] = {}  # one per worker with a free slot; the store's thread only tests for empty
+        self._to_detach: dict[int, float] = {}  # since when each was connected
         self._claiming = False
         self._claim_again = False
+        self._unstored_bytes = 0  # of frames whose answers are awaited
+        self._stored = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
 
-    @property
-    def expects_workers(self) -> bool:
-        """Whether a worker is connected or may come back within its grace. May be read from any thread."""
-        return bool(self.workers or self.away)
-
-    def resume(self, expected: list[tuple[int, str]]) -> None:
+    def resume(self, workers: list[tuple[int, str, int]]) -> None:
         """After a server start: give the workers of before a fresh grace. Version 1 workers never come back."""
-        for worker, name in expected:
-            gone = name.startswith(VERSION_1_PREFIX)
-            self.away[worker] = Away(name, time.monotonic() + (0 if gone else self.grace))
+        for worker, name, version in workers:
+            self._start_grace(worker, name, self.grace if version > 1 else 0)
+
+    def _start_grace(self, worker: int, name: str, grace: float) -> None:
+        self.away[worker] = GracePeriod(name, self._loop.time() + grace)
 
     async def serve(self, socket: ServerConnection) -> None:
         """Serve one connection of a worker, from its handshake to its end."""
         try:
-            worker = await self._attach(socket, await self._hello(socket))
+            worker = ConnectedWorker(socket, self._write, await self._hello(socket), self._clock())
             try:
+                await self._attach(worker)
                 async for data in socket:
                     messages = protocol.decode_from_worker(data, worker.protocol_version)
                     if messages and isinstance(messages[0], Hello):
-                        if messages[0].name != worker.name or len(messages) > 1:
-                            raise protocol.ProtocolError(
-                                "a second Hello must have the first one's name, and no company"
-                            )
-                        worker.slots = messages[0].slots
-                        self._note(worker)  # no claim by the old ones may follow
-                        worker = await self._attach(socket, messages[0])
+                        await self._on_second_hello(worker, messages)
                     else:
-                        self._receive(worker, messages)
+                        self._on_reports(worker, messages, len(data))
+                    while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
+                        self._stored.clear()
+                        await self._stored.wait()
             finally:
                 self._detach(worker)
         except protocol.ProtocolError as error:
-            log.warning("worker at %s: %s; closing its connection", address(socket), error)
+            log.warning("worker at %s: %s; closing its connection", socket.remote_address[0], error)
             await socket.close(CloseCode.INVALID_DATA, str(error).encode()[:120].decode(errors="ignore"))
         except TimeoutError:
             await socket.close(CloseCode.POLICY_VIOLATION, f"no Hello within {HELLO_SECONDS} s")
         except (ConnectionClosed, StoreError):
             pass  # reported by _detach, or by the store
 
-    def _attach(self, socket: ServerConnection, hello: Hello) -> "asyncio.Future[Worker]":
-        for id_, away in self.away.items():
-            if away.name == hello.name:  # its grace must not end while it is being attached
-                self.away[id_] = Away(away.name, time.monotonic() + self.grace)
-        # Its callback comes in the order of the commits: what is claimed for this worker later, it is sent.
-        attached: asyncio.Future[Worker] = asyncio.get_running_loop().create_future()
-        callback = functools.partial(self._attached, socket, hello, attached)
-        self.store.tell(callback, state.attach, hello.name, hello.jobs, time.time(), self.configs.retry_delay)
-        return attached
-
-    def _attached(
-        self,
-        socket: ServerConnection,
-        hello: Hello,
-        attached: "asyncio.Future[Worker]",
-        result: tuple[int, list[state.Held]] | Exception,
-    ) -> None:
-        if isinstance(result, Exception):
-            attached.set_exception(result)
-            return
-        id_, wanted = result
-        jobs = {held.id: held.attempt for held in wanted}
-        worker = Worker(id_, hello.name, hello.slots, hello.tags, hello.version, socket, address(socket), jobs)
-        self._replace(self.workers.get(id_), worker)
-        self.away.pop(id_, None)
-        self.workers[id_] = worker
-        log.info("worker %s connected from %s, %d slots", worker.name, worker.address, worker.slots)
-        self._greet(worker, hello, wanted)
-        self._note(worker)
-        attached.set_result(worker)
-        self.dispatch()
-
-    def _replace(self, old: Worker | None, worker: Worker) -> None:
-        if old and old.socket is not worker.socket:
-            log.warning("worker %s: a newer connection of that name takes over", worker.name)
-            old.send(*(Settled(*job) for job in old.jobs.items() if job not in worker.jobs.items()))
-            self._close(old, protocol.CLOSE_REPLACED, "a newer connection of this name took over")
-
     async def _hello(self, socket: ServerConnection) -> Hello:
         if socket.subprotocol != VERSION_2:
-            return Hello(VERSION_1_PREFIX + uuid.uuid4().hex[:8], 1, (), "1", ())
+            return Hello(f"version-1-{self._chance.getrandbits(32):08x}", 1, (), "1", ())
         async with asyncio.timeout(HELLO_SECONDS):
             messages = protocol.decode_from_worker(await socket.recv(), 2)
         if len(messages) != 1 or not isinstance(messages[0], Hello):
             raise protocol.ProtocolError("the first frame must be Hello")
         return messages[0]
 
-    def _greet(self, worker: Worker, hello: Hello, wanted: list[state.Held]) -> None:
-        worker.send_configs(self.configs)
+    async def _on_second_hello(self, worker: ConnectedWorker, messages: list[protocol.FromWorker]) -> None:
+        hello = messages[0]
+        if not isinstance(hello, Hello) or hello.name != worker.name or len(messages) > 1:
+            raise protocol.ProtocolError("a second Hello must have the first one's name, and no company")
+        worker.hello = hello
+        await self._attach(worker)
+
+    async def _attach(self, worker: ConnectedWorker) -> None:
+        for id_, away in self.away.items():
+            if away.name == worker.name:  # its grace must not end while it is being attached
+                self._start_grace(id_, away.name, self.grace)
+        for id_, other in self.workers.items():
+            if other.name == worker.name:  # what is claimed from now on would go to the older connection
+                self.offers.pop(id_, None)
+        attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs.retry_delay)
+        worker.id, wanted = await asyncio.wrap_future(attaching)
+        worker.jobs = {held.id: held.attempt for held in wanted}
+        self._replace(self.workers.get(worker.id), worker)
+        self.away.pop(worker.id, None)
+        self.workers[worker.id] = worker
+        log.info("worker %s connected from %s, %d slots", worker.name, worker.address, worker.hello.slots)
+        self._greet(worker, wanted)
+        self._refresh_offer(worker)
+        self.dispatch()
+
+    def _replace(self, old: ConnectedWorker | None, worker: ConnectedWorker) -> None:
+        if old and old is not worker:
+            log.warning("worker %s: a newer connection of that name takes over", worker.name)
+            old.send(*(Settled(*job) for job in old.jobs.items() if job not in worker.jobs.items()))
+            self._close(old, protocol.CLOSE_REPLACED, "a newer connection of this name took over")
+
+    def _greet(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
+        worker.send_configs(self.configs, self._config_frames)
         replies: list[protocol.FromServer] = [
-            Settled(job, attempt) for job, attempt, _state in hello.jobs if worker.jobs.get(job) != attempt
+            Settled(job, attempt) for job, attempt, _state in worker.hello.jobs if worker.jobs.get(job) != attempt
         ]
         for held in wanted:
             replies.append(Logged(held.id, held.attempt, held.log_bytes))
@@ -308,7 +282,7 @@ class Dispatcher:
         if replies:
             worker.send(*replies)
 
-    def _receive(self, worker: Worker, messages: list[protocol.FromWorker]) -> None:
+    def _on_reports(self, worker: ConnectedWorker, messages: list[protocol.FromWorker], size: int) -> None:
         if worker.protocol_version == 1:
             messages = [
                 replace(message, attempt=worker.jobs[message.job])
@@ -317,8 +291,14 @@ class Dispatcher:
             ]
         if not messages or self.workers.get(worker.id) is not worker:
             return
-        answered = functools.partial(self._answer, worker)
-        self.store.tell(answered, absorb, worker.id, messages, time.time(), self.configs.retry_delay)
+
+        def answer(replies: list[protocol.FromServer] | Exception) -> None:
+            self._unstored_bytes -= size
+            self._stored.set()
+            self._answer(worker, replies)
+
+        self._unstored_bytes += size
+        self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs.retry_delay)
         # The claim that fills the slot goes into the same transaction as the result that frees it.
         ended = [message for message in messages if isinstance(message, JobSuccess | JobFailure)]
         if ended:
@@ -326,7 +306,7 @@ class Dispatcher:
                 self._release(worker, message.job, message.attempt)
             self.dispatch()
 
-    def _answer(self, worker: Worker, replies: list[protocol.FromServer] | Exception) -> None:
+    def _answer(self, worker: ConnectedWorker, replies: list[protocol.FromServer] | Exception) -> None:
         if isinstance(replies, Exception):
             # Its connection closed, the worker keeps what it has to say and says it again later.
             self._report(replies)
@@ -338,49 +318,65 @@ class Dispatcher:
         if sum(self._release(worker, reply.job, reply.attempt) for reply in settled):
             self.dispatch()
 
-    def _release(self, worker: Worker, job: int, attempt: int) -> bool:
+    def _release(self, worker: ConnectedWorker, job: int, attempt: int) -> bool:
         if worker.jobs.get(job) != attempt:
             return False
         del worker.jobs[job]
-        self._note(worker)
+        self._refresh_offer(worker)
         return True
 
-    def stop(self, worker_id: int, job: int, attempt: int, running: bool) -> None:
+    def carry_out(self, order: Order) -> None:
         """Tell a worker to stop a running attempt, or to let go one that it had not started."""
-        worker = self.workers.get(worker_id)
-        if worker and worker.jobs.get(job) == attempt:
-            worker.send(Stop(job, attempt) if running else Settled(job, attempt))
-            if not running and self._release(worker, job, attempt):
+        worker = self.workers.get(order.worker)
+        if worker and worker.jobs.get(order.job) == order.attempt:
+            worker.send((Stop if order.started else Settled)(order.job, order.attempt))
+            if not order.started and self._release(worker, order.job, order.attempt):
                 self.dispatch()
 
-    def _detach(self, worker: Worker) -> None:
+    def _detach(self, worker: ConnectedWorker) -> None:
         if self.workers.get(worker.id) is not worker:
             return
         del self.workers[worker.id]
         self.offers.pop(worker.id, None)
-        self.changed_workers[worker.id] = worker.as_json(connected=False)
         log.info("worker %s disconnected, %d jobs held", worker.name, len(worker.jobs))
         leaves = worker.protocol_version == 1 or (
             not worker.jobs and worker.socket.close_code == CloseCode.NORMAL_CLOSURE
         )
-        self.away[worker.id] = Away(worker.name, time.monotonic() + (0 if leaves else self.grace))
-        self.store.tell(self._report, state.detach, worker.id)
+        self._start_grace(worker.id, worker.name, 0 if leaves else self.grace)
+        self._to_detach[worker.id] = worker.since
+        self._write_detached()
         if leaves:
-            self.lose_overdue()
+            self._lose_overdue()
 
-    def lose_overdue(self) -> None:
-        """Give up the workers whose grace is over."""
-        now = time.monotonic()
+    def _write_detached(self) -> None:
+        for worker_id, since in self._to_detach.items():
+
+            def written(result: int | Exception, worker_id: int = worker_id, since: float = since) -> None:
+                if isinstance(result, Exception):  # the next tick tries again
+                    self._report(result)
+                elif self._to_detach.get(worker_id) == since:
+                    del self._to_detach[worker_id]
+
+            self.store.do_then(written, state.detach, worker_id, since)
+
+    def tick(self) -> None:
+        """Write what could not be written before, give up the workers whose grace is over, and fill free slots."""
+        self._write_detached()
+        self._lose_overdue()
+        self.dispatch()
+
+    def _lose_overdue(self) -> None:
+        now = self._loop.time()
         for worker_id, away in [(id_, away) for id_, away in self.away.items() if away.deadline <= now]:
             del self.away[worker_id]
-            lost = functools.partial(self._lost, worker_id, away)
-            self.store.tell(lost, state.lose, worker_id, time.time(), self.configs.retry_delay)
 
-    def _lost(self, worker_id: int, away: Away, result: int | Exception) -> None:
-        if isinstance(result, Exception):  # the next tick tries again
-            self._report(result)
-            if worker_id not in self.workers:
-                self.away.setdefault(worker_id, away)
+            def lost(result: int | Exception, worker_id: int = worker_id, away: GracePeriod = away) -> None:
+                if isinstance(result, Exception):  # the next tick tries again
+                    self._report(result)
+                    if worker_id not in self.workers:
+                        self.away.setdefault(worker_id, away)
+
+            self.store.do_then(lost, state.lose, worker_id, self._clock(), self.configs.retry_delay)
 
     def dispatch(self) -> None:
         """Have free slots filled; one claim is under way at a time."""
@@ -389,9 +385,9 @@ class Dispatcher:
             return
         if self.offers:
             self._claiming = True
-            self.store.tell(self._claimed, state.claim, list(self.offers.values()), self.configs.limits)
+            self.store.do_then(self._on_claimed, state.claim, list(self.offers.values()), self.configs.limits)
 
-    def _claimed(self, claims: list[state.Claimed] | Exception) -> None:
+    def _on_claimed(self, claims: list[state.Claimed] | Exception) -> None:
         self._claiming = False
         if isinstance(claims, Exception):
             self._report(claims)  # the next tick tries again
@@ -404,36 +400,28 @@ class Dispatcher:
             if worker := self.workers.get(worker_id):
                 worker.jobs.update((enqueue.job, enqueue.attempt) for enqueue in enqueues)
                 worker.send(*enqueues)
-                self._note(worker)
+                self._refresh_offer(worker)
         if self._claim_again:
             self._claim_again = False
             self.dispatch()
 
-    def reload(self, configs: Configs) -> None:
-        """Take a new configuration: for jobs not yet started, and to all workers."""
-        self.configs = configs
+    def reload(self, configs: Configs, frames: dict[int, bytes]) -> None:
+        """Take a new configuration and its config_frames: for jobs not yet started, and to all workers."""
+        self.configs, self._config_frames = configs, frames
         for worker in self.workers.values():
-            worker.send_configs(configs)
-            self._note(worker)
+            worker.send_configs(configs, self._config_frames)
+            self._refresh_offer(worker)
         self.dispatch()
 
-    def _note(self, worker: Worker) -> None:
+    def _refresh_offer(self, worker: ConnectedWorker) -> None:
         """Keep up with what has changed of a worker: its jobs, its slots or what it may run."""
-        if self.workers.get(worker.id) is not worker:
-            return
-        self.changed_workers[worker.id] = {}
-        self.offers.pop(worker.id, None)
-        free = worker.slots - len(worker.jobs)
-        if free > 0:
-            names = self.configs.names_for(worker.tags, worker.protocol_version)
-            self.offers[worker.id] = Offer(worker.id, free, names)
+        if self.workers.get(worker.id) is worker:
+            offer = worker.free_slots(self.configs)
+            self.offers.pop(worker.id, None)
+            if offer.free > 0:
+                self.offers[worker.id] = offer
 
-    def take_changed_workers(self) -> list[dict[str, Any]]:
-        """Give the workers that changed since the last call."""
-        changed, self.changed_workers = self.changed_workers, {}
-        return [gone or self.workers[id_].as_json() for id_, gone in changed.items() if gone or id_ in self.workers]
-
-    def _close(self, worker: Worker, code: int, reason: str) -> None:
+    def _close(self, worker: ConnectedWorker, code: int, reason: str) -> None:
         task = asyncio.ensure_future(worker.socket.close(code, reason))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
@@ -443,6 +431,129 @@ class Dispatcher:
             log.error("internal error", exc_info=result)
 
 
+def config_frames(configs: Configs) -> dict[int, bytes]:
+    """Give the frames of JobConfigs, by the version of the protocol."""
+    return {version: protocol.encode(JobConfigs(configs.to_wire(version))) for version in (1, 2)}
+
+
+def read_configs(path: Path) -> tuple[Configs, dict[int, bytes]]:
+    """Read a jobs.yaml, which takes seconds for a large one. Raises ConfigError."""
+    configs = Configs(load_jobs(path))
+    return configs, config_frames(configs)
+
+
+class ClockWatch:
+    """Notices when somebody sets the clock.
+
+    clock: seconds since the epoch, which may be set; steady: seconds that go on also while the machine sleeps.
+    """
+
+    def __init__(self, clock: Callable[[], float], steady: Callable[[], float]) -> None:
+        self._clock, self._steady = clock, steady
+        self._offset = clock() - steady()
+        self._trusted_from = steady()
+
+    def jump(self) -> float:
+        """By how many seconds the clock was set since the last call; 0 where it went on as it should."""
+        offset = self._clock() - self._steady()
+        jump = offset - self._offset
+        self._offset = offset
+        if abs(jump) < CLOCK_JUMP_SECONDS:
+            return 0.0
+        self._trusted_from = self._steady() + DISTRUST_SECONDS
+        return jump
+
+    @property
+    def is_trusted(self) -> bool:
+        """Whether the clock was not set for a while: what is pruned for its age is not to be had back."""
+        return self._steady() >= self._trusted_from
+
+
+def steady_clock() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Core:
+    """Store and dispatcher at work: carries out what commits leave to do and what time brings. No sockets, no signals.
+
+    keep: seconds for which ended jobs stay; 0: for ever.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        dispatcher: Dispatcher,
+        keep: float,
+        clock: Callable[[], float] = time.time,
+        steady: Callable[[], float] = steady_clock,
+    ) -> None:
+        self.store, self.dispatcher, self._keep, self._clock = store, dispatcher, keep, clock
+        self._clock_watch = ClockWatch(clock, steady)
+
+    async def start(self) -> None:
+        """Take over what is in the database; to be called once, before anyone connects."""
+        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
+        await asyncio.wrap_future(self.store.do(state.tick, self._clock()))
+        self.end_gone()
+
+    def on_commit(self, commit: Commit) -> None:
+        """Call back who waits for a commit, pass on its orders, and have what it made ready claimed."""
+        for callback, result in commit.calls:
+            try:
+                callback(result)
+            except Exception as error:  # the others' results still count
+                log.error("internal error", exc_info=error)
+        for order in commit.orders:
+            self.dispatcher.carry_out(order)
+        if commit.ready:
+            self.dispatcher.dispatch()
+
+    async def run(self) -> None:
+        """Do what time brings, until the database is broken."""
+        clean_at = 0.0
+        while not self.store.broken:
+            try:
+                now = asyncio.get_running_loop().time()
+                if now >= clean_at:
+                    clean_at = now + PRUNE_SECONDS
+                    self._prune()
+                    self.end_gone()
+                self._tick()
+            except Exception as error:
+                log.error("internal error", exc_info=error)
+            await asyncio.sleep(TICK_SECONDS)
+        log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
+
+    def _tick(self) -> None:
+        if jump := self._clock_watch.jump():
+            log.warning("the clock was set %s by %.0f s", "ahead" if jump > 0 else "back", abs(jump))
+            self.store.do(state.shift_delays, jump)
+        if self.store.error:
+            self.store.do(state.probe)
+        else:
+            self.store.do(state.make_due, self._clock())
+        self.dispatcher.tick()
+        self.store.do(state.tick, self._clock())
+
+    def end_gone(self) -> None:
+        """End what is queued under names that jobs.yaml has no more."""
+
+        def ended(count: int | Exception) -> None:
+            if count == GONE_JOBS:  # some at a time, with room for others between
+                self.end_gone()
+
+        names = frozenset(self.dispatcher.configs.by_name)
+        self.store.do_then(ended, state.end_gone, names, self._clock(), GONE_JOBS)
+
+    def _prune(self) -> None:
+        def pruned(count: int | Exception) -> None:
+            if count == PRUNE_JOBS:  # some at a time, with room for others between
+                self._prune()
+
+        if self._keep and self._clock_watch.is_trusted:
+            self.store.do_then(pruned, state.prune, self._clock() - self._keep, PRUNE_JOBS)
+
+
 class Server:
     """Puts the parts together, runs them, and takes them down again."""
 
@@ -450,30 +561,26 @@ class Server:
         self.options = options
         self.loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[int] = self.loop.create_future()
-        self.metrics = Metrics()
-        self.dispatcher = Dispatcher(Configs(jobs), options.grace)
-        self.store = Store(str(options.database), self._deliver)
-        self.dispatcher.store = self.store
-        self.events = Events(self.store)
-        self.api = Api(self.store, self.dispatcher, self.events, self.metrics, options.hold)
-        self.events.show = self.api.show
+        self.store = Store(str(options.database), self._deliver).start()
+        self.dispatcher = Dispatcher(self.store, Configs(jobs), options.grace)
+        self.core = Core(self.store, self.dispatcher, options.keep)
+        self.api = Api(self.store, self.dispatcher.configs, options.hold)
         self.access = Access(options.host, options.tokens)
 
-    def _deliver(self, commit: store.Commit) -> None:
+    def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
-        if commit.calls or commit.finished or self.dispatcher.offers:
+        if commit.calls or commit.orders or self.dispatcher.offers:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(self._committed, commit)
+                self.loop.call_soon_threadsafe(self.core.on_commit, commit)
 
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""
-        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.expected_workers)))
-        self._publish((set(), None))
+        await self.core.start()
         listener = RunnerListener()
-        front = Front((self.options.host, self.options.port), self.api.answer, listener, self.access)
+        front = HttpServer((self.options.host, self.options.port), self.api.answer, listener, self.access)
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stop, 0)
-        self.loop.add_signal_handler(signal.SIGHUP, self._reload)
+        self.loop.add_signal_handler(signal.SIGHUP, self._start_reload)
         async with serve_websockets(
             self.dispatcher.serve,
             sock=listener,
@@ -485,6 +592,7 @@ class Server:
             server_header=None,
             compression=None,
             max_size=MAX_FRAME_BYTES,
+            max_queue=2,
             ping_interval=PING_SECONDS,
             ping_timeout=PONG_SECONDS,
             close_timeout=2,
@@ -493,11 +601,12 @@ class Server:
             threading.Thread(target=front.serve_forever, name="http", daemon=True).start()
             host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
             log.info("listening on http://%s:%d", host, front.server_address[1])
-            ticks = asyncio.ensure_future(self._tick_for_ever())
+            ticking = asyncio.ensure_future(self.core.run())
+            ticking.add_done_callback(lambda _task: self._stop(1))
             code = await self.stopped
             await asyncio.to_thread(front.shutdown)
             front.server_close()
-            ticks.cancel()
+            ticking.cancel()
         await asyncio.to_thread(self.store.close)
         return code
 
@@ -509,71 +618,19 @@ class Server:
             log.info("stopping")
             self.stopped.set_result(code)
 
-    def _reload(self) -> None:
+    def _start_reload(self) -> None:
+        self.reloading = asyncio.ensure_future(self._reload())
+
+    async def _reload(self) -> None:
         try:
-            jobs = load_jobs(self.options.jobs)
+            configs, frames = await asyncio.to_thread(read_configs, self.options.jobs)
         except ConfigError as error:
             log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
             return
-        self.dispatcher.reload(Configs(jobs))
-        log.info("read %s again: %d jobs", self.options.jobs, len(jobs))
-
-    def _committed(self, commit: store.Commit) -> None:
-        for callback, result in commit.calls:
-            try:
-                callback(result)
-            except Exception as error:  # the others' results still count
-                log.error("internal error", exc_info=error)
-        self.metrics.observe(commit.finished)
-        if commit.ready:
-            self.dispatcher.dispatch()
-
-    async def _tick_for_ever(self) -> None:
-        prune_at = 0.0
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            try:
-                if time.monotonic() >= prune_at:
-                    prune_at = time.monotonic() + PRUNE_SECONDS
-                    self._prune()
-                self._tick()
-            except Exception as error:
-                log.error("internal error", exc_info=error)
-
-    def _tick(self) -> None:
-        if self.store.broken:
-            log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
-            self._stop(1)
-        self.store.tell(self._ignore, state.probe if self.store.error else state.make_due, time.time())
-        self.dispatcher.lose_overdue()
-        self.dispatcher.dispatch()
-        self.store.tell(self._publish, state.news)
-
-    def _publish(self, news: tuple[set[int], float | None] | Exception) -> None:
-        if isinstance(news, Exception):
-            return
-        changed, oldest = news
-        workers = list(self.dispatcher.workers.values())
-        stats = {
-            "jobs": self.store.counts,
-            "finished": self.metrics.finished.total(),
-            "queue_latency": round(max(time.time() - oldest, 0), 1) if oldest else 0,
-            "workers": len(workers),
-            "slots": sum(worker.slots for worker in workers),
-            "busy": sum(len(worker.jobs) for worker in workers),
-        }
-        self.events.publish(changed, self.dispatcher.take_changed_workers(), stats)
-
-    def _prune(self) -> None:
-        if self.options.keep:
-            self.store.tell(self._pruned, state.prune, time.time() - self.options.keep, PRUNE_JOBS)
-
-    def _pruned(self, count: int | Exception) -> None:
-        if count == PRUNE_JOBS:  # a little at a time, with room for others between
-            self._prune()
-
-    def _ignore(self, _result: object) -> None:
-        """Errors of the database have been logged by the store."""
+        self.dispatcher.reload(configs, frames)
+        self.api.configs = configs
+        self.core.end_gone()
+        log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
 
 
 def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "checks", "deploy")
+SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "tests", "checks", "deploy")
 TESTS = ("test_jobworker.py", "checks/test_store.py")
 TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)

@@ -1,52 +1,150 @@
-"""What each HTTP request is answered with: the JSON API, its events and its metrics, from the store.
+"""What each HTTP request is answered with: routes with their parameters, the JSON of jobs and workers, events, metrics.
 
-Every method of Api runs on an HTTP thread of web.py.
+Every method of Api runs on an HTTP thread of web.py and has all that it tells from the store. ROUTES is the one place
+that says which requests there are: they are read, refused and described (`/openapi.json`) by it.
 """
 
-from __future__ import annotations
-
-import asyncio
 import base64
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import re
 import sqlite3
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote
+from typing import Any
 
-from jobworker import VERSION, state
-from jobworker.config import JobConfig, check_parameters
-from jobworker.state import MAX_JOB_ID, NewJob
+from jobworker import VERSION, logs, state
+from jobworker.config import Configs, JobConfig, check_parameters
+from jobworker.metrics import metrics_text
+from jobworker.routes import Parameter, Route, flag, integer
+from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
 from jobworker.store import Store, StoreError
 from jobworker.web import ApiError, Request, Response, as_json
-
-if TYPE_CHECKING:
-    from server import Dispatcher
 
 HEARTBEAT_SECONDS = 15
 FOLLOW_CHECK_SECONDS = 5
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
+MAX_LOG_OFFSET = 2**62
 PAGE_JOBS = 1_000
 MAX_PAGE_JOBS = 10_000
-MAX_EVENT_JOBS = 250
-RING_TICKS = 1_000
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
 HERE = Path(__file__).resolve().parent
+STATUS_OF = {
+    "unknown": HTTPStatus.NOT_FOUND,
+    "conflict": HTTPStatus.CONFLICT,
+    "no worker": HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+NO_WORKER = "worker is not exist. Start one: python client.py HOST:PORT/runner, or run the server with --hold"
+
+TEXT = "text/plain; charset=utf-8"
+EVENTS = "text/event-stream; charset=utf-8"
+METRICS = "text/plain; version=0.0.4; charset=utf-8"
+HTML = "text/html; charset=utf-8"
 
 log = logging.getLogger("server")
+
+
+# Parameters
+
+
+def read_wait(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,30})?(e-[0-9]{1,3})?", text) or float(text) > MAX_WAIT_SECONDS:
+        raise ValueError(f"wait must be a number of seconds from 0 to {MAX_WAIT_SECONDS}")
+    return float(text)
+
+
+def read_states(text: str) -> list[str]:
+    states = list(dict.fromkeys(text.split(",")))
+    for each in states:
+        if each not in STATES:
+            raise ValueError(f"no state {each!r}; there are: {', '.join(STATES)}")
+    return states
+
+
+def read_id(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise ApiError(HTTPStatus.NOT_FOUND, f"there is no id {text!r}: ids are numbers")
+    return int(text)
+
+
+def read_key(text: str) -> str:
+    if not 1 <= len(text) <= 255:
+        raise ValueError("Idempotency-Key must have 1 to 255 characters")
+    return text
+
+
+def read_event_id(text: str) -> int | None:
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
+ID = {"$ref": "#/components/schemas/Id"}
+JOB_ID = Parameter("job", "The job's id.", read_id, ID, place="path", argument="id_", example=1)
+WORKER_ID = Parameter("worker", "The worker's id.", read_id, ID, place="path", argument="id_")
+JOB_NAME = Parameter(
+    "job",
+    "The job's name in jobs.yaml, percent-encoded.",
+    str,
+    {"$ref": "#/components/schemas/Name"},
+    place="path",
+    argument="name",
+    example="hello-world",
+)
+WAIT_SCHEMA = {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS}
+WAIT = Parameter("wait", "How many seconds to wait for the job's end.", read_wait, WAIT_SCHEMA, 0.0)
+FULL = flag("full", "1: every job or worker with all that is known of it.")
+KEY = Parameter(
+    "Idempotency-Key",
+    "A request repeated with the same key queues nothing: it is answered with the job that the first one queued.",
+    read_key,
+    {"type": "string", "minLength": 1, "maxLength": 255},
+    place="header",
+    argument="key",
+    example="backup-2026-11-24",
+)
+STATE = Parameter(
+    "state",
+    "Only jobs in one of these states.",
+    read_states,
+    {"type": "array", "items": {"$ref": "#/components/schemas/State"}},
+    (),
+    argument="states",
+    example=["queued", "running"],
+)
+NAME = Parameter("name", "Only jobs of this name.", str, {"type": "string"})
+LIMIT = integer("limit", "At most so many; with `before` never more than 10,000.", 1, MAX_JOB_ID)
+AFTER = integer("after", "Only ids greater than this: the next page.", 0, MAX_JOB_ID, 0)
+BEFORE = integer(
+    "before",
+    "The newest `limit` jobs of those with a smaller id, still oldest first: the page before. "
+    f"{MAX_JOB_ID} gives the newest of all. Needs `limit`.",
+    0,
+    MAX_JOB_ID,
+)
+FOLLOW = flag("follow", "1: go on sending what is written until the attempt ends.")
+TAIL = integer("tail", "Only so many last lines.", 0, MAX_JOB_ID)
+OFFSET = integer("offset", "Only from this byte of the output on.", 0, MAX_LOG_OFFSET, 0)
+ATTEMPT = integer(
+    "attempt", "Of this attempt; otherwise of the latest. Empty for one that there was not.", 1, MAX_JOB_ID
+)
+LAST_EVENT_ID = Parameter(
+    "Last-Event-ID",
+    "The last `id` received: the stream goes on after it, or says `reset` where that was too long ago.",
+    read_event_id,
+    {"type": "string"},
+    place="header",
+    argument="last_id",
+)
+
+
+# JSON
 
 
 def timestamp(seconds: float | None) -> str | None:
@@ -56,362 +154,64 @@ def timestamp(seconds: float | None) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def job_json(id_: int, name: str, state: str) -> dict[str, Any]:
+def job_json(id_: int, name: str, job_state: str) -> dict[str, Any]:
     """A job as the original's API shows it, key for key."""
-    queuing = state in ("queued", "assigned")
-    return {"id": id_, "name": name, "queuing": queuing, "running": state == "running", "success": state == "success"}
+    queuing, running = job_state in ("queued", "assigned"), job_state == "running"
+    return {"id": id_, "name": name, "queuing": queuing, "running": running, "success": job_state == "success"}
 
 
-class Api:
-    """What each request is answered with. Every method here runs on an HTTP thread."""
-
-    def __init__(self, store_: Store, dispatcher: Dispatcher, events: Events, metrics: Metrics, hold: bool) -> None:
-        self.store, self.dispatcher, self.events, self.metrics, self.hold = store_, dispatcher, events, metrics, hold
-        self.loop = asyncio.get_running_loop()
-
-    def answer(self, request: Request) -> Response:
-        """Answer a request; never raises but for ApiError, whatever it holds."""
-        try:
-            method = "GET" if request.method == "HEAD" else request.method
-            allowed = []
-            for route_method, pattern, function in ROUTES:
-                if match := pattern.fullmatch(request.path):
-                    if route_method == method:
-                        return function(self, request, *map(unquote_strictly, match.groups()))
-                    allowed.append(route_method)
-            raise self._no_route(request, allowed)
-        except ApiError:
-            raise
-        except StoreError as error:
-            raise ApiError(HTTPStatus.INSUFFICIENT_STORAGE, f"nothing was changed: {error}") from error
-        except Exception as error:
-            log.error("internal error at %s %s", request.method, request.path, exc_info=error)
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log says more") from error
-
-    def _no_route(self, request: Request, allowed: list[str]) -> ApiError:
-        if request.path == "/runner":
-            detail = "workers connect here by WebSocket: python client.py HOST:PORT/runner"
-            return ApiError(HTTPStatus.UPGRADE_REQUIRED, detail, Upgrade="websocket", Connection="Upgrade")
-        if allowed:
-            methods = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
-            return ApiError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.path} takes {methods}", Allow=methods)
-        return ApiError(HTTPStatus.NOT_FOUND, f"nothing is at {request.path}; /openapi.json tells what there is")
-
-    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return self.store.do(function, *args).result()
-        except KeyError as error:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"there is no job with id {error.args[0]}") from error
-        except state.Conflict as error:
-            raise ApiError(HTTPStatus.CONFLICT, str(error)) from error
-
-    # Jobs
-
-    def post_job(self, request: Request, name: str) -> Response:
-        query = request.query("wait", "full")
-        wait, full = seconds(query, "wait"), flag(query, "full")
-        key = idempotency_key(request)
-        job = self._new_job(name, read_json(request.body) if request.body else {}, key)
-        self._check_workers()
-        (id_,) = self._do(state.add, [job], time.time())
-        if not wait and not full and key is None:
-            return Response(as_json(job_json(id_, name, "queued")))
-        row = self._wait(id_, wait)
-        return Response(as_json(self.show(row) if full else job_json(id_, name, row["state"])))
-
-    def post_jobs(self, request: Request) -> Response:
-        request.query()
-        items = read_json(request.body)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
-        key = idempotency_key(request)
-        jobs = [
-            self._new_job(item.pop("name", None), item, f"{key}/{number}" if key else None, number)
-            for number, item in enumerate(items)
-        ]
-        self._check_workers()
-        ids = self._do(state.add, jobs, time.time())
-        made = [job_json(id_, job.name, "queued") for id_, job in zip(ids, jobs, strict=True)]
-        return Response(as_json(made))
-
-    def _new_job(self, name: object, body: object, key: str | None, number: int | None = None) -> NewJob:
-        """Give the job that a body asks for; number: of the item in a list, where it is one."""
-        configs = self.dispatcher.configs.by_name
-        config = configs.get(name) if isinstance(name, str) else None
-        if config and body == {} and not config.parameters:
-            return NewJob(config.name, {}, config.priority, 0, key)
-        where = "" if number is None else f"item {number}: "
-        if config is None:
-            known = ", ".join(list(configs)[:20]) or "none"
-            detail = f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
-            raise ApiError(HTTPStatus.NOT_FOUND, detail)
-        try:
-            return self._checked(config, body, key)
-        except ValueError as error:
-            raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
-
-    def _checked(self, config: JobConfig, body: object, key: str | None) -> NewJob:
-        if not isinstance(body, dict):
-            raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
-        for unknown in body.keys() - {"environment", "priority", "delay"}:
-            raise ValueError(f"no key {unknown!r} here; there are: environment, priority, delay")
-        priority, delay = body.get("priority", config.priority), body.get("delay", 0)
-        if type(priority) is not int or abs(priority) >= 2**31:
-            raise ValueError("priority must be an integer of 32 bits")
-        if type(delay) not in (int, float) or not 0 <= delay <= MAX_DELAY_SECONDS:
-            raise ValueError(f"delay must be a number of seconds from 0 to {MAX_DELAY_SECONDS}")
-        return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay, key)
-
-    def _check_workers(self) -> None:
-        if not self.hold and not self.dispatcher.expects_workers:
-            detail = "worker is not exist. Start one: python client.py HOST:PORT/runner, or run the server with --hold"
-            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, detail)
-
-    def get_jobs(self, request: Request) -> Response:
-        query = request.query("state", "name", "limit", "after", "before", "full")
-        states = list(dict.fromkeys(query["state"].split(","))) if "state" in query else []
-        for wanted in states:
-            if wanted not in state.STATES:
-                raise ApiError(HTTPStatus.BAD_REQUEST, f"no state {wanted!r}; there are: {', '.join(state.STATES)}")
-        limit = integer(query, "limit", 1, MAX_JOB_ID)
-        before, after = integer(query, "before", 0, MAX_JOB_ID), integer(query, "after", 0, MAX_JOB_ID) or 0
-        if before is not None and limit is None:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        pages = self._pages(states, query.get("name"), after, before, limit)
-        return Response(self._list(pages, flag(query, "full")))
-
-    def _pages(
-        self, states: list[str], name: str | None, after: int, before: int | None, limit: int | None
-    ) -> Iterator[list[sqlite3.Row]]:
-        if before is not None:
-            yield self._do(state.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
-            return
-        left = MAX_JOB_ID if limit is None else limit
-        while left > 0 and (rows := self._do(state.page, states, name, after, None, min(left, PAGE_JOBS))):
-            yield rows
-            after, left = rows[-1]["id"], left - len(rows)
-
-    def _list(self, pages: Iterator[list[sqlite3.Row]], full: bool) -> Iterator[bytes]:
-        separator = b"["
-        for rows in pages:
-            show = self.show if full else lambda row: job_json(row["id"], row["name"], row["state"])
-            yield separator + as_json([show(row) for row in rows])[1:-1]
-            separator = b","
-        yield b"[]" if separator == b"[" else b"]"
-
-    def get_job(self, request: Request, id_: str) -> Response:
-        query = request.query("wait")
-        return Response(as_json(self.show(self._wait(job_id(id_), seconds(query, "wait")))))
-
-    def _wait(self, job: int, wait: float) -> sqlite3.Row:
-        """Give a job's row once it is final, or as it is after `wait` seconds."""
-        deadline = time.monotonic() + wait
-        while True:
-            row: sqlite3.Row
-            row, changed = self._do(state.get_and_watch, job, wait > 0)
-            if changed is None:
-                return row
-            try:
-                changed.result(max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                changed.cancel()
-                wait = 0
-
-    def show(self, row: sqlite3.Row) -> dict[str, Any]:
-        reason = row["reason"]
-        if row["state"] == "queued":
-            reason = self._why_it_waits(row)
-        elif row["state"] == "running" and row["cancelling"]:
-            reason = "cancelling"
-        return {
-            **job_json(row["id"], row["name"], row["state"]),
-            "state": row["state"],
-            "attempt": row["attempt"],
-            "worker": row["worker_name"],
-            "exit_code": row["exit_code"],
-            "reason": reason,
-            "environment": json.loads(row["environment"] or "{}"),
-            "priority": row["priority"],
-            "created_at": timestamp(row["created_at"]),
-            "started_at": timestamp(row["started_at"]),
-            "finished_at": timestamp(row["finished_at"]),
-            "log_bytes": row["log_bytes"],
-        }
-
-    def _why_it_waits(self, row: sqlite3.Row) -> str | None:
-        name, configs = row["name"], self.dispatcher.configs
-        config, workers = configs.by_name.get(name), list(self.dispatcher.workers.values())
-        if config is None:
-            return f"jobs.yaml has no job named {name} any more"
-        if row["not_before"] is not None:
-            return f"waits until {timestamp(row['not_before'])}"
-        if not workers:
-            return "no worker is connected"
-        if not any(set(config.tags) <= set(worker.tags) for worker in workers):
-            return f"no worker has the tag{'s' * (len(config.tags) > 1)} {', '.join(config.tags)}"
-        if not any(name in configs.names_for(worker.tags, worker.protocol_version) for worker in workers):
-            return "no connected worker speaks version 2 of the protocol, which this job needs"
-        if config.concurrency and (active := self._do(state.count_active, name)) >= config.concurrency:
-            return f"{active} of {config.concurrency} running"
-        return "all slots are busy"
-
-    def delete_job(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(state.cancel, job_id(id_), time.time())
-        if row["worker"] is not None:
-            running = row["state"] == "running"
-            stop = self.dispatcher.stop
-            self.loop.call_soon_threadsafe(stop, row["worker"], row["id"], row["attempt"], running)
-        return Response(as_json(self.show(self._do(state.get, row["id"]))))
-
-    def retry_job(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(state.get, job_id(id_))
-        if row["state"] not in state.FINAL_STATES:
-            raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
-        body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
-        job = self._new_job(row["name"], body, idempotency_key(request))
-        self._check_workers()
-        (new_id,) = self._do(state.add, [job], time.time())
-        return Response(as_json(job_json(new_id, job.name, "queued")))
-
-    def get_attempts(self, request: Request, id_: str) -> Response:
-        request.query()
-        row = self._do(state.get, job_id(id_))
-        attempts = [*self._do(state.attempts, row["id"]), *([row] if row["attempt"] else [])]
-        keys = ("attempt", "worker_name", "started_at", "finished_at", "exit_code", "reason", "log_bytes")
-        shown = [{key.removesuffix("_name"): attempt[key] for key in keys} for attempt in attempts]
-        for attempt in shown:
-            attempt["started_at"], attempt["finished_at"] = map(
-                timestamp, (attempt["started_at"], attempt["finished_at"])
-            )
-        return Response(as_json(shown))
-
-    def get_log(self, request: Request, id_: str) -> Response:
-        query = request.query("follow", "tail", "offset", "attempt")
-        row = self._do(state.get, job_id(id_))
-        attempt = integer(query, "attempt", 1, MAX_JOB_ID) or row["attempt"]
-        offset, tail = integer(query, "offset", 0, 2**62) or 0, integer(query, "tail", 0, MAX_JOB_ID)
-        if tail is not None:
-            offset = max(offset, self._do(state.tail_offset, row["id"], attempt, tail))
-        follow = flag(query, "follow")
-        pieces = self._follow(row["id"], attempt, offset) if follow else self._read_log(row["id"], attempt, offset)
-        return Response(pieces, content_type="text/plain; charset=utf-8", headers=UNBUFFERED if follow else {})
-
-    def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
-        """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
-        while pieces := self._do(state.read_log, job, attempt, offset):
-            for start, data in pieces:
-                if start > offset:
-                    yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)
-                yield data
-                offset = start + len(data)
-        return offset
-
-    def _follow(self, job: int, attempt: int, offset: int) -> Iterator[bytes]:
-        while True:
-            row, changed = self._do(state.get_and_watch, job, True)
-            if not attempt:
-                attempt = row["attempt"]
-            offset = yield from self._read_log(job, attempt, offset)
-            if changed is None or row["attempt"] > attempt:
-                return
-            try:
-                while not changed.done():
-                    yield b""  # is the reader still there?
-                    with contextlib.suppress(TimeoutError):
-                        changed.result(FOLLOW_CHECK_SECONDS)
-            finally:
-                changed.cancel()
-
-    # Workers, events, health
-
-    def get_workers(self, request: Request) -> Response:
-        full = flag(request.query("full"), "full")
-        workers = sorted(self.dispatcher.workers.values(), key=lambda worker: worker.id)
-        return Response(as_json([worker.as_json() if full else worker.as_listed() for worker in workers]))
-
-    def get_worker(self, request: Request, id_: str) -> Response:
-        request.query()
-        worker = self.dispatcher.workers.get(job_id(id_))
-        if worker is None:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
-        return Response(as_json(worker.as_json()))
-
-    def get_configs(self, request: Request) -> Response:
-        request.query()
-        return Response(as_json([public_config(config) for config in self.dispatcher.configs.by_name.values()]))
-
-    def get_events(self, request: Request) -> Response:
-        request.query()
-        last = request.headers.get("last-event-id", "")
-        stream = self.events.stream(int(last) if re.fullmatch("[0-9]{1,18}", last) else None)
-        return Response(stream, content_type="text/event-stream; charset=utf-8", headers=UNBUFFERED)
-
-    def get_health(self, request: Request) -> Response:
-        request.query()
-        health = {
-            "status": "ok",
-            "version": VERSION,
-            "workers": len(self.dispatcher.workers),
-            "jobs": self.store.counts,
-        }
-        if self.store.error:
-            health = {"status": "failing", "detail": self.store.error, "version": VERSION}
-        return Response(as_json(health), HTTPStatus.SERVICE_UNAVAILABLE if self.store.error else HTTPStatus.OK)
-
-    def get_metrics(self, request: Request) -> Response:
-        request.query()
-        oldest = self._do(state.oldest_ready)
-        latency = 0.0 if oldest is None else max(time.time() - oldest, 0)
-        text = self.metrics.text(self.store.counts, self.dispatcher, latency)
-        return Response(text.encode(), content_type="text/plain; version=0.0.4; charset=utf-8")
-
-    def get_dashboard(self, request: Request) -> Response:  # noqa: ARG002
-        page, policy = dashboard()
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-        return Response(page, content_type="text/html; charset=utf-8", headers=headers)
-
-    def get_openapi(self, request: Request) -> Response:
-        request.query()
-        return Response((HERE / "openapi.json").read_bytes())
+def full_job_json(row: sqlite3.Row, reason: str | None) -> dict[str, Any]:
+    return {
+        **job_json(row["id"], row["name"], row["state"]),
+        "state": row["state"],
+        "attempt": row["attempt"],
+        "worker": row["worker_name"],
+        "exit_code": row["exit_code"],
+        "reason": reason,
+        "environment": json.loads(row["environment"] or "{}"),
+        "priority": row["priority"],
+        "created_at": timestamp(row["created_at"]),
+        "started_at": timestamp(row["started_at"]),
+        "finished_at": timestamp(row["finished_at"]),
+        "log_bytes": row["log_bytes"],
+    }
 
 
-ROUTES = [
-    (method, re.compile(pattern), function)
-    for method, pattern, function in (
-        ("POST", "/api/jobs/([^/]+)", Api.post_job),
-        ("GET", "/api/jobs", Api.get_jobs),
-        ("POST", "/api/jobs", Api.post_jobs),
-        ("GET", "/api/jobs/([^/]+)", Api.get_job),
-        ("DELETE", "/api/jobs/([^/]+)", Api.delete_job),
-        ("POST", "/api/jobs/([^/]+)/retry", Api.retry_job),
-        ("GET", "/api/jobs/([^/]+)/log", Api.get_log),
-        ("GET", "/api/jobs/([^/]+)/attempts", Api.get_attempts),
-        ("GET", "/api/workers", Api.get_workers),
-        ("GET", "/api/workers/([^/]+)", Api.get_worker),
-        ("GET", "/api/configs", Api.get_configs),
-        ("GET", "/api/events", Api.get_events),
-        ("GET", "/healthz", Api.get_health),
-        ("GET", "/metrics", Api.get_metrics),
-        ("GET", "/openapi.json", Api.get_openapi),
-        ("GET", "/", Api.get_dashboard),
-    )
-]
+def attempt_json(row: sqlite3.Row) -> dict[str, Any]:
+    """An attempt; row: of the attempts that were followed by another, or of the job, for its latest."""
+    times = {key: timestamp(row[key]) for key in ("started_at", "finished_at")}
+    rest = {key: row[key] for key in ("exit_code", "reason", "log_bytes")}
+    return {"attempt": row["attempt"], "worker": row["worker_name"], **times, **rest}
 
 
-def unquote_strictly(text: str) -> str:
-    try:
-        return unquote(text, errors="strict")
-    except UnicodeDecodeError as error:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "the path is not UTF-8") from error
+def worker_json(row: sqlite3.Row, jobs: list[int]) -> dict[str, Any]:
+    """A worker as the original's API shows it."""
+    return {"id": row["id"], "working": bool(jobs)}
 
 
-def idempotency_key(request: Request) -> str | None:
-    key = request.headers.get("idempotency-key")
-    if key is not None and not 1 <= len(key) <= 255:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "Idempotency-Key must have 1 to 255 characters")
-    return key
+def full_worker_json(row: sqlite3.Row, jobs: list[int]) -> dict[str, Any]:
+    return {
+        **worker_json(row, jobs),
+        "name": row["name"],
+        "slots": row["slots"],
+        "tags": json.loads(row["tags"]),
+        "jobs": jobs,
+        "address": row["address"],
+        "connected_at": timestamp(row["connected_at"]),
+        "protocol": row["protocol"],
+        "version": row["version"],
+        "connected": bool(row["connected"]),
+    }
+
+
+def config_json(config: JobConfig) -> dict[str, Any]:
+    """A job of jobs.yaml: what one needs to run it, and no environment, which may hold secrets."""
+    parameters = {
+        name: {"required": parameter.required, "default": parameter.default, "pattern": parameter.pattern}
+        for name, parameter in config.parameters.items()
+    }
+    keys = ("name", "image", "command", "tags", "concurrency", "priority", "timeout", "retries")
+    return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
 
 
 def read_json(body: bytes) -> Any:
@@ -429,43 +229,363 @@ def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def job_id(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text):
-        raise ApiError(HTTPStatus.NOT_FOUND, f"there is no id {text!r}: ids are numbers")
-    return int(text)
-
-
-def integer(query: dict[str, str], name: str, low: int, high: int) -> int | None:
-    text = query.get(name)
-    if text is None:
+def mark(key: str | None, *content: object) -> Key | None:
+    """Give an idempotency key with what it belongs to: a route and a body, which are compared as values."""
+    if key is None:
         return None
-    if not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be an integer from {low} to {high}")
-    return int(text)
+    text = json.dumps(content, sort_keys=True, default=str)
+    whole = re.sub(r"(?<=[0-9])\.0+(?=[,\]}])", "", text)  # 1.0 is 1
+    return Key(key, hashlib.sha256(whole.encode()).hexdigest())
 
 
-def flag(query: dict[str, str], name: str) -> bool:
-    text = query.get(name, "0")
-    if text not in ("0", "1"):
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be 0 or 1")
-    return text == "1"
+def new_job(configs: Configs, name: object, body: object, number: int | None = None) -> NewJob:
+    """Give the job that a body asks for; number: of the item in a list, where it is one. Raises ApiError."""
+    config = configs.by_name.get(name) if isinstance(name, str) else None
+    if config and body == {} and not config.parameters:
+        return NewJob(config.name, {}, config.priority)
+    where = "" if number is None else f"item {number}: "
+    if config is None:
+        known = ", ".join(list(configs.by_name)[:20]) or "none"
+        detail = f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
+        raise ApiError(HTTPStatus.NOT_FOUND, detail)
+    try:
+        return _checked(config, body)
+    except ValueError as error:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
 
 
-def seconds(query: dict[str, str], name: str) -> float:
-    text = query.get(name, "0")
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,30})?(e-[0-9]{1,3})?", text) or float(text) > MAX_WAIT_SECONDS:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"{name} must be a number of seconds from 0 to {MAX_WAIT_SECONDS}")
-    return float(text)
+def _checked(config: JobConfig, body: object) -> NewJob:
+    if not isinstance(body, dict):
+        raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
+    for unknown in body.keys() - {"environment", "priority", "delay"}:
+        raise ValueError(f"no key {unknown!r} here; there are: environment, priority, delay")
+    priority, delay = body.get("priority", config.priority), body.get("delay", 0)
+    if type(priority) is not int or abs(priority) >= 2**31:
+        raise ValueError("priority must be an integer of 32 bits")
+    if type(delay) not in (int, float) or not 0 <= delay <= MAX_DELAY_SECONDS:
+        raise ValueError(f"delay must be a number of seconds from 0 to {MAX_DELAY_SECONDS}")
+    return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay)
 
 
-def public_config(config: JobConfig) -> dict[str, Any]:
-    """A job of jobs.yaml as the API shows it: what one needs to run it, and no environment, which may hold secrets."""
-    parameters = {
-        name: {"required": parameter.required, "default": parameter.default, "pattern": parameter.pattern}
-        for name, parameter in config.parameters.items()
-    }
-    keys = ("name", "image", "command", "tags", "concurrency", "priority", "timeout", "retries")
-    return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
+# Answers
+
+
+class Api:
+    """What each route is answered with. `configs` is replaced when jobs.yaml is read again."""
+
+    def __init__(self, store: Store, configs: Configs, hold: bool) -> None:
+        self.store, self.configs, self.hold = store, configs, hold
+        self.events = Events(store, self._show)
+
+    def answer(self, request: Request) -> Response:
+        """Answer a request. Raises ApiError, and nothing else."""
+        try:
+            method = "GET" if request.method == "HEAD" else request.method
+            allowed = []
+            for route in ROUTES:
+                if match := route.pattern.fullmatch(request.path):
+                    if route.method == method:
+                        return route.answer(self, request, match.groups())
+                    allowed.append(route.method)
+            raise _no_route(request, allowed)
+        except ApiError:
+            raise
+        except StoreError as error:
+            raise ApiError(HTTPStatus.INSUFFICIENT_STORAGE, f"nothing was changed: {error}") from error
+        except Exception as error:
+            log.error("internal error at %s %s", request.method, request.path, exc_info=error)
+            raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log says more") from error
+
+    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Have the store do something and give the result. Raises ApiError for what it refuses."""
+        result = self.store.do(function, *args).result()
+        if isinstance(result, Refusal):
+            raise ApiError(STATUS_OF[result.kind], NO_WORKER if result.kind == "no worker" else result.detail)
+        return result
+
+    def queue_job(self, request: Request, name: str, wait: float, full: bool, key: str | None) -> Response:
+        """Queue a job.
+
+        A 200 means that the job is on disk and will come to an end. With `wait` the answer comes when the job is final,
+        or after that time with the job as it then is.
+        """
+        body = read_json(request.body) if request.body else {}
+        marked = mark(key, "POST", name, body)
+        (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
+        if not wait and not full and key is None:
+            return Response(as_json(job_json(id_, name, "queued")))
+        row = self._wait(id_, wait)
+        return Response(as_json(self._show([row])[0] if full else job_json(id_, name, row["state"])))
+
+    def list_jobs(
+        self,
+        request: Request,  # noqa: ARG002
+        states: Sequence[str],
+        name: str | None,
+        limit: int | None,
+        after: int,
+        before: int | None,
+        full: bool,
+    ) -> Response:
+        """List jobs, oldest first.
+
+        All that there are, or those that every given parameter admits. The list is sent as it is read, so a million
+        jobs are no burden.
+        """
+        if before is not None and limit is None:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
+        return Response(self._list(self._pages(states, name, after, before, limit), full))
+
+    def _pages(
+        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None
+    ) -> Iterator[list[sqlite3.Row]]:
+        if before is not None:
+            yield self._do(state.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
+            return
+        left = MAX_JOB_ID if limit is None else limit
+        while left > 0 and (rows := self._do(state.page, states, name, after, None, min(left, PAGE_JOBS))):
+            yield rows
+            after, left = rows[-1]["id"], left - len(rows)
+
+    def _list(self, pages: Iterator[list[sqlite3.Row]], full: bool) -> Iterator[bytes]:
+        separator = b"["
+        for rows in pages:
+            shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
+            yield separator + as_json(shown)[1:-1]
+            separator = b","
+        yield b"[]" if separator == b"[" else b"]"
+
+    def queue_jobs(self, request: Request, key: str | None) -> Response:
+        """Queue many jobs at once.
+
+        All of them or none, in one transaction.
+        """
+        items = read_json(request.body)
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
+        marked = mark(key, "POST", items)
+
+        def jobs() -> list[NewJob]:
+            return [new_job(self.configs, item.pop("name", None), item, n) for n, item in enumerate(items)]
+
+        ids = self._queue(jobs, marked)
+        rows = self._do(state.page, (), None, ids[0] - 1, None, len(ids)) if ids else []
+        return Response(as_json([job_json(row["id"], row["name"], row["state"]) for row in rows]))
+
+    def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
+        """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
+        ids: list[int] | None = self._do(state.find_request, key) if key else None
+        if ids is None:
+            ids = self._do(state.add, jobs(), time.time(), self.hold, key)
+        return ids
+
+    def get_job(self, request: Request, id_: int, wait: float) -> Response:  # noqa: ARG002
+        """A job in full.
+
+        With `wait` the answer comes when the job is final, or after that time with the job as it then is.
+        """
+        return Response(as_json(self._show([self._wait(id_, wait)])[0]))
+
+    def _wait(self, job: int, wait: float) -> sqlite3.Row:
+        """Give a job's row once it is final, or as it is after `wait` seconds."""
+        deadline = time.monotonic() + wait
+        while True:
+            row: sqlite3.Row
+            row, changed = self._do(state.get_and_watch, job, wait > 0)
+            if changed is None:
+                return row
+            try:
+                changed.result(max(deadline - time.monotonic(), 0))
+            except TimeoutError:
+                wait = 0
+
+    def _show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
+        """Give jobs in full, with why each of them waits."""
+        configs = self.configs
+        waiting = {row["name"] for row in rows if row["state"] == "queued"}
+        limited = waiting & configs.limits.keys()
+        connected, active = self._do(state.what_waits_for, limited) if waiting else (set(), {})
+        kinds = {(protocol, tuple(json.loads(tags))) for protocol, tags in connected}
+        return [full_job_json(row, reason_of(row, configs, kinds, active)) for row in rows]
+
+    def cancel_job(self, request: Request, id_: int) -> Response:  # noqa: ARG002
+        """Cancel a job.
+
+        One that waits is cancelled at once. One that runs is asked to stop (TERM, its `stop_grace_period`, KILL): the
+        answer shows it still `running` with the reason `cancelling`, and it is `cancelled` once its container is gone.
+        """
+        return Response(as_json(self._show([self._do(state.cancel, id_, time.time())])[0]))
+
+    def retry_job(self, request: Request, id_: int, key: str | None) -> Response:  # noqa: ARG002
+        """Run a job that has ended again, as a new job.
+
+        With the same environment and priority. The old job stays as it is.
+        """
+
+        def jobs() -> list[NewJob]:
+            row = self._do(state.get, id_)
+            if row["state"] not in FINAL_STATES:
+                raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
+            body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
+            return [new_job(self.configs, row["name"], body)]
+
+        (new_id,) = self._queue(jobs, mark(key, "retry", id_))
+        row = self._do(state.get, new_id)
+        return Response(as_json(job_json(new_id, row["name"], row["state"])))
+
+    def get_attempts(self, request: Request, id_: int) -> Response:  # noqa: ARG002
+        """The attempts of a job so far, oldest first.
+
+        None for a job that no worker has been given yet.
+        """
+        row = self._do(state.get, id_)
+        rows = [*self._do(state.attempts, id_), *([row] if row["attempt"] else [])]
+        return Response(as_json([attempt_json(attempt) for attempt in rows]))
+
+    def get_log(
+        self,
+        request: Request,  # noqa: ARG002
+        id_: int,
+        follow: bool,
+        tail: int | None,
+        offset: int,
+        attempt: int | None,
+    ) -> Response:
+        """What a job wrote to stdout and stderr.
+
+        The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first and the
+        last 512 KiB are kept, and a line tells how much is missing between.
+        """
+        wanted = attempt or self._do(state.get, id_)["attempt"]
+        if attempt:
+            self._do(state.get, id_)
+        if tail is not None:
+            offset = max(offset, self._do(logs.tail_offset, id_, wanted, tail))
+        pieces = self._follow(id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
+        return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
+
+    def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
+        """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
+        while pieces := self._do(logs.read_log, job, attempt, offset):
+            for start, data in pieces:
+                if start > offset:
+                    yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)
+                yield data
+                offset = start + len(data)
+        return offset
+
+    def _follow(self, job: int, attempt: int, offset: int) -> Iterator[bytes]:
+        while True:
+            row, changed = self._do(state.get_and_watch, job, True)
+            attempt = attempt or row["attempt"]
+            offset = yield from self._read_log(job, attempt, offset)
+            if changed is None or row["attempt"] > attempt:
+                return
+            while not changed.done():
+                yield b""  # is the reader still there?
+                with contextlib.suppress(TimeoutError):
+                    changed.result(FOLLOW_CHECK_SECONDS)
+
+    def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
+        """List the connected workers, by id."""
+        show = full_worker_json if full else worker_json
+        return Response(as_json([show(row, jobs) for row, jobs in self._do(state.workers) if row["connected"]]))
+
+    def get_worker(self, request: Request, id_: int) -> Response:  # noqa: ARG002
+        """A connected worker in full."""
+        found = [(row, jobs) for row, jobs in self._do(state.workers, [id_]) if row["connected"]]
+        if not found:
+            raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
+        return Response(as_json(full_worker_json(*found[0])))
+
+    def list_configs(self, request: Request) -> Response:  # noqa: ARG002
+        """The jobs of jobs.yaml, in its order.
+
+        What one needs to run them. Their `environment`, which may hold secrets, is not shown.
+        """
+        return Response(as_json([config_json(config) for config in self.configs.by_name.values()]))
+
+    def listen(self, request: Request, last_id: int | None) -> Response:  # noqa: ARG002
+        """Follow what changes, as server-sent events.
+
+        An endless stream in the format of the HTML standard. It begins with `stats`; after that up to four times a
+        second what changed since, many changes of one job or worker as one event with its latest state, and `stats`
+        where they differ. The last event of each such batch has an `id`. A comment line comes after 15 s of silence.
+
+        | event | data |
+        | --- | --- |
+        | `job` | FullJob |
+        | `worker` | FullWorker; `connected` is false for one that left |
+        | `stats` | Stats |
+        | `reset` | `{}`: too much has changed to be told; fetch anew what you show |
+        """
+        return Response(self.events.stream(last_id), content_type=EVENTS, headers=UNBUFFERED)
+
+    def get_health(self, request: Request) -> Response:  # noqa: ARG002
+        """Whether the server can do its work."""
+        if self.store.error:
+            failing = {"status": "failing", "detail": self.store.error, "version": VERSION}
+            return Response(as_json(failing), HTTPStatus.SERVICE_UNAVAILABLE)
+        overview = self._do(state.overview, time.time())
+        health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
+        return Response(as_json(health))
+
+    def get_metrics(self, request: Request) -> Response:  # noqa: ARG002
+        """Metrics for Prometheus.
+
+        `jobworker_build_info{version}`, `jobworker_jobs{state}`, `jobworker_queue_latency_seconds`,
+        `jobworker_worker_up{worker}`, `jobworker_worker_jobs{worker}`, `jobworker_worker_slots{worker}`, and, counted
+        since the server's start, `jobworker_jobs_finished_total{name,state}` and the histograms
+        `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`.
+        """
+        overview = self._do(state.overview, time.time())
+        text = metrics_text(overview, self._do(state.workers), self._do(state.totals))
+        return Response(text.encode(), content_type=METRICS)
+
+    def get_description(self, request: Request) -> Response:  # noqa: ARG002
+        """This description, as OpenAPI 3.1."""
+        return Response(description())
+
+    def get_dashboard(self, request: Request) -> Response:  # noqa: ARG002
+        """The dashboard, a page for browsers."""
+        page, policy = dashboard()
+        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+        return Response(page, content_type=HTML, headers=headers)
+
+
+def _no_route(request: Request, allowed: list[str]) -> ApiError:
+    if request.path == "/runner":
+        detail = "workers connect here by WebSocket: python client.py HOST:PORT/runner"
+        return ApiError(HTTPStatus.UPGRADE_REQUIRED, detail, Upgrade="websocket", Connection="Upgrade")
+    if allowed:
+        methods = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
+        return ApiError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.path} takes {methods}", Allow=methods)
+    return ApiError(HTTPStatus.NOT_FOUND, f"nothing is at {request.path}; /openapi.json tells what there is")
+
+
+def reason_of(
+    row: sqlite3.Row, configs: Configs, connected: set[tuple[int, tuple[str, ...]]], active: dict[str, int]
+) -> str | None:
+    """Say why a job failed, or why it waits. connected: protocol and tags of who is; active: how many of a name run."""
+    name, config = row["name"], configs.by_name.get(row["name"])
+    if row["state"] == "running" and row["cancelling"]:
+        return "cancelling"
+    if row["state"] != "queued":
+        reason: str | None = row["reason"]
+        return reason
+    if config is None:
+        return f"jobs.yaml has no job named {name} any more"
+    if row["not_before"] is not None:
+        return f"waits until {timestamp(row['not_before'])}"
+    if not connected:
+        return "no worker is connected"
+    if not any(set(config.tags) <= set(tags) for _protocol, tags in connected):
+        return f"no worker has the tag{'s' * (len(config.tags) > 1)} {', '.join(config.tags)}"
+    if not any(name in configs.names_for(tags, protocol) for protocol, tags in connected):
+        return "no connected worker speaks version 2 of the protocol, which this job needs"
+    if config.concurrency and active[name] >= config.concurrency:
+        return f"{active[name]} of {config.concurrency} running"
+    return "all slots are busy"
 
 
 @functools.cache
@@ -484,141 +604,121 @@ def dashboard() -> tuple[bytes, str]:
     return page, policy
 
 
-class Tick(NamedTuple):
-    """What changed in a moment: job ids, workers as JSON, and the counts where they changed."""
+# Routes and their description
 
-    id: int
-    jobs: frozenset[int]
-    workers: list[dict[str, Any]]
-    stats: dict[str, Any]
+UNKNOWN = {404: "NotFound"}
+OPEN = {401: None, 507: None}
+ROUTES = [
+    Route(
+        "POST",
+        "/api/jobs/{job}",
+        Api.queue_job,
+        (JOB_NAME, WAIT, FULL, KEY),
+        "Job|FullJob",
+        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker"},
+        body="NewJob?",
+    ),
+    Route("GET", "/api/jobs", Api.list_jobs, (STATE, NAME, LIMIT, AFTER, BEFORE, FULL), "Job[]|FullJob[]"),
+    Route(
+        "POST",
+        "/api/jobs",
+        Api.queue_jobs,
+        (KEY,),
+        "Job[]",
+        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker"},
+        body="NewNamedJob[]",
+    ),
+    Route("GET", "/api/jobs/{job}", Api.get_job, (JOB_ID, WAIT), "FullJob", refuses=UNKNOWN),
+    Route("DELETE", "/api/jobs/{job}", Api.cancel_job, (JOB_ID,), "FullJob", refuses=UNKNOWN | {409: "HasEnded"}),
+    Route(
+        "POST",
+        "/api/jobs/{job}/retry",
+        Api.retry_job,
+        (JOB_ID, KEY),
+        refuses={404: "NotFound", 409: "HasNotEnded", 500: "NoWorker"},
+    ),
+    Route("GET", "/api/jobs/{job}/log", Api.get_log, (JOB_ID, FOLLOW, TAIL, OFFSET, ATTEMPT), TEXT, refuses=UNKNOWN),
+    Route("GET", "/api/jobs/{job}/attempts", Api.get_attempts, (JOB_ID,), "Attempt[]", refuses=UNKNOWN),
+    Route("GET", "/api/workers", Api.list_workers, (FULL,), "Worker[]|FullWorker[]", "workers"),
+    Route("GET", "/api/workers/{worker}", Api.get_worker, (WORKER_ID,), "FullWorker", "workers", {404: "NoSuchWorker"}),
+    Route("GET", "/api/configs", Api.list_configs, (), "Config[]", "server", {507: None}),
+    Route("GET", "/api/events", Api.listen, (LAST_EVENT_ID,), EVENTS, "server"),
+    Route("GET", "/healthz", Api.get_health, (), "Health", "server", OPEN | {503: "Failing"}),
+    Route("GET", "/metrics", Api.get_metrics, (), METRICS, "server"),
+    Route("GET", "/openapi.json", Api.get_description, (), "Description", "server", {507: None}),
+    Route("GET", "/", Api.get_dashboard, (), HTML, "server", OPEN),
+]
+
+
+@functools.cache
+def description() -> bytes:
+    """The OpenAPI description of ROUTES; what is not a route's stands in openapi.json."""
+    whole = json.loads((HERE / "openapi.json").read_bytes())
+    whole["info"]["version"] = VERSION
+    paths: dict[str, dict[str, Any]] = {}
+    for route in ROUTES:
+        paths.setdefault(route.path, {})[route.method.lower()] = route.describe(whole["components"])
+    del whole["components"]["examples"]
+    return as_json(whole | {"paths": paths})
+
+
+# Events
 
 
 class Events:
-    """Server-sent events: a ring of the last ticks, rendered once for all who listen."""
+    """Server-sent events, made of the store's ticks; one listener renders a tick, the others take what it made."""
 
-    def __init__(self, store_: Store) -> None:
-        self.store = store_
-        self._condition = threading.Condition()
-        self._ticks: deque[Tick] = deque([Tick(int(time.time() * 1000), frozenset(), [], {})], maxlen=RING_TICKS)
+    def __init__(self, store: Store, show: Callable[[Sequence[sqlite3.Row]], list[dict[str, Any]]]) -> None:
+        self._store, self._show = store, show
         self._rendering = threading.Lock()
-        self._rendered = functools.lru_cache(maxsize=8)(self._render)
-
-    def publish(self, jobs: Iterable[int], workers: list[dict[str, Any]], stats: dict[str, Any]) -> None:
-        """Add a tick where anything changed, and wake who listens. Called on the event loop."""
-        jobs = frozenset(itertools.islice(jobs, MAX_EVENT_JOBS + 1))  # more are told as a reset
-        last = self._ticks[-1]
-        if jobs or workers or stats != last.stats:
-            with self._condition:
-                self._ticks.append(Tick(max(int(time.time() * 1000), last.id + 1), jobs, workers, stats))
-                self._condition.notify_all()
+        self._rendered: tuple[int, int, bytes] = (0, 0, b"")  # after which tick, up to which, what
 
     def stream(self, last_id: int | None) -> Iterator[bytes]:
-        """Give events from after `last_id`, for ever; b"" now and then. Ids go on growing across server starts."""
-        position = self._ticks[-1].id
-        yield event("stats", self._ticks[-1].stats, None if last_id else position)
-        if last_id is not None and self._ticks[0].id <= last_id <= position:
-            position = last_id
-        elif last_id is not None:
-            yield event("reset", {}, position)
+        """Give events from after `last_id`, for ever; a comment now and then. Ids grow, also across server starts."""
+        newest: Tick
+        tick: Tick | None
+        newest, tick = self._store.do(state.listen, last_id).result()
+        yield server_sent("stats", newest.overview, None if last_id else newest.id)
+        if tick is None:
+            yield server_sent("reset", {}, newest.id)
+            tick = newest
         while True:
-            with self._condition:
-                news = self._condition.wait_for(functools.partial(self._is_newer, position), HEARTBEAT_SECONDS)
-                newest, oldest = self._ticks[-1].id, self._ticks[0].id
-            if not news:
+            try:
+                tick.next.result(HEARTBEAT_SECONDS)
+            except TimeoutError:
                 yield b":\n\n"
-            elif position < oldest:
-                yield event("reset", {}, newest)
-            else:
-                with self._rendering:  # one renders, the others take what it made
-                    piece = self._rendered(position, newest)
-                yield piece
-            position = newest
+                continue
+            ticks = list(ticks_after(tick))
+            yield self._render(tick.id, ticks)
+            tick = ticks[-1]
 
-    def _is_newer(self, position: int) -> bool:
-        return self._ticks[-1].id > position
+    def _render(self, after: int, ticks: list[Tick]) -> bytes:
+        with self._rendering:
+            if self._rendered[:2] != (after, ticks[-1].id):
+                self._rendered = after, ticks[-1].id, self._events_of(ticks)
+            return self._rendered[2]
 
-    def _render(self, after: int, until: int) -> bytes:
-        ticks = [tick for tick in list(self._ticks) if after < tick.id <= until]
+    def _events_of(self, ticks: list[Tick]) -> bytes:
         jobs = frozenset[int]().union(*(tick.jobs for tick in ticks))
-        workers = {worker["id"]: worker for tick in ticks for worker in tick.workers}
-        parts = [event("worker", worker) for worker in workers.values()]
-        if len(jobs) > MAX_EVENT_JOBS:
-            parts.append(event("reset", {}))
+        workers = frozenset[int]().union(*(tick.workers for tick in ticks))
+        if len(ticks) > state.RING_TICKS:
+            return server_sent("reset", {}, ticks[-1].id)
+        rows = self._store.do(state.workers, workers).result() if workers else []
+        parts = [server_sent("worker", full_worker_json(row, held)) for row, held in rows]
+        if len(jobs) > MAX_TICK_JOBS:
+            parts.append(server_sent("reset", {}))
         else:
-            rows = self.store.do(state.get_many, jobs).result() if jobs else []
-            parts += [event("job", self.show(row)) for row in rows]
-        return b"".join(parts) + event("stats", ticks[-1].stats, until)
-
-    show: Callable[[sqlite3.Row], dict[str, Any]]
+            rows = self._store.do(state.get_many, jobs).result() if jobs else []
+            parts += [server_sent("job", shown) for shown in self._show(rows)]
+        return b"".join(parts) + server_sent("stats", ticks[-1].overview, ticks[-1].id)
 
 
-def event(kind: str, data: object, id_: int | None = None) -> bytes:
+def ticks_after(tick: Tick) -> Iterator[Tick]:
+    while tick.next.done():
+        tick = tick.next.result()
+        yield tick
+
+
+def server_sent(kind: str, data: object, id_: int | None = None) -> bytes:
     """One server-sent event; an id on the last of a tick, so that who resumes after it has missed nothing."""
     return (f"id: {id_}\n" if id_ else "").encode() + b"event: %b\ndata: %b\n\n" % (kind.encode(), as_json(data))
-
-
-class Metrics:
-    """Counters and histograms since the server's start, in Prometheus' text format."""
-
-    BUCKETS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
-
-    def __init__(self) -> None:
-        self.finished: Counter[tuple[str, str]] = Counter()
-        self.durations: dict[str, list[float]] = {}
-        self.waits: dict[str, list[float]] = {}
-
-    def observe(self, finished: Iterable[state.Finished]) -> None:
-        """Count jobs that ended. Called on the event loop."""
-        for _id, name, ended, created_at, started_at, finished_at in finished:
-            self.finished[name, ended] += 1
-            if started_at is not None:  # by a clock that may have jumped meanwhile
-                self._add(self.durations, name, max(finished_at - started_at, 0))
-                self._add(self.waits, name, max(started_at - created_at, 0))
-
-    def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
-        counts = histograms.setdefault(name, [0] * (len(self.BUCKETS) + 2))
-        counts[bisect_left(self.BUCKETS, value)] += 1
-        counts[-1] += value
-
-    def text(self, counts: dict[str, int], dispatcher: Dispatcher, latency: float) -> str:
-        """Give all metrics. latency: how long the oldest job that could run has waited, in seconds."""
-        workers = list(dispatcher.workers.values())
-        up = [({"worker": worker.name}, 1.0) for worker in workers]
-        up += [({"worker": worker.name}, 0.0) for worker in list(dispatcher.away.values())]
-        lines = [
-            *family("build_info", "gauge", "What runs here.", [({"version": VERSION}, 1)]),
-            *family("jobs", "gauge", "Jobs by state.", [({"state": state}, count) for state, count in counts.items()]),
-            *family("queue_latency_seconds", "gauge", "How long the oldest ready job has waited.", [({}, latency)]),
-            *family("worker_up", "gauge", "1: connected; 0: within its grace.", up),
-            *family("worker_jobs", "gauge", "Jobs held.", [({"worker": w.name}, len(w.jobs)) for w in workers]),
-            *family("worker_slots", "gauge", "Slots.", [({"worker": worker.name}, worker.slots) for worker in workers]),
-            *family(
-                "jobs_finished_total",
-                "counter",
-                "Jobs that ended, since the server's start.",
-                [({"name": name, "state": state}, count) for (name, state), count in list(self.finished.items())],
-            ),
-            *self._histogram("job_duration_seconds", "From start to end.", self.durations),
-            *self._histogram("job_queue_duration_seconds", "From POST to start.", self.waits),
-        ]
-        return "\n".join(lines) + "\n"
-
-    def _histogram(self, name: str, text: str, histograms: dict[str, list[float]]) -> Iterator[str]:
-        yield from family(name, "histogram", text, [])
-        for job, (*counts, total) in list(histograms.items()):
-            label = {"name": job}
-            for bound, count in zip((*self.BUCKETS, "+Inf"), itertools.accumulate(counts), strict=True):
-                yield sample(f"{name}_bucket", {**label, "le": str(bound)}, count)
-            yield sample(f"{name}_sum", label, total)
-            yield sample(f"{name}_count", label, sum(counts))
-
-
-def family(name: str, kind: str, text: str, samples: list[tuple[dict[str, str], float]]) -> list[str]:
-    lines = [f"# HELP jobworker_{name} {text}", f"# TYPE jobworker_{name} {kind}"]
-    return lines + [sample(name, labels, value) for labels, value in samples]
-
-
-def sample(name: str, labels: dict[str, str], value: float) -> str:
-    escapes = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
-    shown = ",".join(f'{label}="{text.translate(escapes)}"' for label, text in labels.items())
-    return f"jobworker_{name}{{{shown}}} {value}" if shown else f"jobworker_{name} {value}"

@@ -7,6 +7,7 @@ cannot turn into 8 unnoticed. What could make the shape itself costly, depth and
 import difflib
 import json
 import math
+import random
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -16,9 +17,13 @@ from typing import Any
 
 import yaml
 
+from jobworker.pattern import TooLong, compiled
+
 CONFIG_LIMIT_BYTES = 1024 * 1024
 TEXT_LIMIT_BYTES = 32 * 1024  # of one value, and of all that a POST sets; docker reads lines of less than 64 KiB
 DURATION_LIMIT_SECONDS = 366 * 86400
+MAX_RETRY_DELAY_SECONDS = 3_600
+NAMES_LIMIT = 1_000
 DEPTH_LIMIT = 10
 ERROR_LIMIT = 100
 REFUSED_LIMIT = 10
@@ -51,7 +56,10 @@ class Parameter:
             return f"must be a string in quotes, not {json.dumps(value)[:60]}"
         if flaw := _flaw(value):
             return flaw
-        fits = self.pattern is None or re.fullmatch(self.pattern, value)
+        try:
+            fits = self.pattern is None or compiled(self.pattern).fullmatch(value)
+        except TooLong:
+            return f"is too long to be matched with the pattern {self.pattern}: {len(value):,} characters"
         return "" if fits else f"must match the pattern {self.pattern}, which {_show(value)} does not"
 
 
@@ -91,11 +99,49 @@ class JobConfig:
         first = {"command": self.command, "image": self.image, "name": self.name}
         return first | {key: value for key, value in asdict(self).items() if value != _UNSET[key]}
 
+    def to_wire_1(self) -> dict[str, Any]:
+        """Give the entry of a version 1 JobConfigs, whose command is one string."""
+        command = self.command if isinstance(self.command, str) else next(iter(self.command or ()), None)
+        return {"command": command, "image": self.image, "name": self.name}
+
     @property
     def needs_version_2(self) -> bool:
         """Whether its worker must know more of it than name, image and one command string."""
         many_words = isinstance(self.command, tuple) and len(self.command) > 1
         return many_words or not self.to_wire().keys() <= _VERSION_1_KEYS
+
+
+class Configs:
+    """The jobs of a jobs.yaml, in the forms that the server needs them in. Never changes."""
+
+    def __init__(self, jobs: Iterable[JobConfig], chance: random.Random | None = None) -> None:
+        self.by_name = {job.name: job for job in jobs}
+        self.limits = {job.name: job.concurrency for job in self.by_name.values() if job.concurrency}
+        self._chance = chance or random.Random()
+        self._names: dict[tuple[tuple[str, ...], int], frozenset[str]] = {}
+
+    def to_wire(self, version: int) -> tuple[dict[str, Any], ...]:
+        """Give what a worker that speaks this version of the protocol is told."""
+        if version > 1:
+            return tuple(job.to_wire() for job in self.by_name.values())
+        return tuple(job.to_wire_1() for job in self.by_name.values() if not job.needs_version_2)
+
+    def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
+        """Give the names of the jobs that a worker with these tags may take that speaks this version."""
+        if (tags, version) not in self._names:
+            if len(self._names) >= NAMES_LIMIT:
+                self._names.clear()  # tags are what workers say
+            jobs = [job for job in self.by_name.values() if version > 1 or not job.needs_version_2]
+            self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
+        return self._names[tags, version]
+
+    def retry_delay(self, name: str, failures: int) -> float | None:
+        """Seconds to wait before retrying a job that has failed `failures` times; None when no retries are left."""
+        job = self.by_name.get(name)
+        if job is None or failures > job.retries:
+            return None
+        delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), MAX_RETRY_DELAY_SECONDS)
+        return delay * self._chance.uniform(0.75, 1.25)
 
 
 _UNSET = asdict(JobConfig(name="", image=""))
@@ -445,13 +491,13 @@ _VARIABLE = _scalar("a variable's name, not JOBWORKER_...", r"(?!JOBWORKER_)[A-Z
 _VARIABLES = _map(_VARIABLE, lambda _: _value)
 _LABEL = _scalar("a label's name, not jobworker...", r"(?!jobworker\.)[!-<>-~]+")
 _LABELS = _map(_LABEL, lambda _: lambda node: _value(node) or "")
-_PATTERN = _scalar("a regular expression", ".+", lambda text: re.compile(text).pattern)
+_PATTERN = _scalar("a regular expression", ".+", lambda text: compiled(text).expression)
 _PARAMETER_KEYS: dict[str, Reader] = {"required": _BOOLEAN, "default": _value, "pattern": _PATTERN}
 _PARAMETER = _map(_one_of(_PARAMETER_KEYS), _PARAMETER_KEYS.__getitem__)
 JOB_KEYS: dict[str, Reader] = {
     "name": _scalar("1 to 128 characters, no / or control character", r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f]{1,128}"),
     "image": _scalar("an image such as busybox:1.36 or host.example:5000/team/app", _IMAGE),
-    "command": lambda node: _words(node) or None,
+    "command": lambda node: None if (words := _words(node)) == () else words,
     "entrypoint": _words,
     "environment": lambda node: _VARIABLES(_pairs(node)),
     "volumes": _list("volumes", _scalar("SOURCE:/TARGET[:MODE], SOURCE a volume or an absolute path", _VOLUME)),

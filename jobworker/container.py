@@ -5,24 +5,19 @@ It knows nothing of the wire, of sessions or of the life of an attempt.
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import math
-import os
 import re
 import shlex
-import signal
-import subprocess
-import threading
-import time
-from datetime import UTC, datetime
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, NamedTuple, Protocol
 
 ENGINE_RETRY_SECONDS = 1
 ENGINE_PATIENCE_SECONDS = 30
+CREATED_SECONDS = 0.5
 KILLED = 137
 UNREACHABLE = re.compile("cannot connect to the docker daemon|error during connect|connection refused", re.IGNORECASE)
 
@@ -30,126 +25,147 @@ log = logging.getLogger("worker")
 
 
 class EngineAway(Exception):
-    """The Docker engine has not answered for ENGINE_PATIENCE_SECONDS."""
+    """The engine has not answered for ENGINE_PATIENCE_SECONDS."""
 
 
-class Docker:
-    """The docker command. Short calls go through the loop; `run` blocks a thread until the container has ended."""
+class NotStarted(OSError):
+    """The engine's command could not be started: it did nothing."""
 
-    def __init__(self, command: str, slots: int) -> None:
-        self.command = command
-        self._environment = dict(os.environb)
-        self._to_run: SimpleQueue[tuple[Command, int, asyncio.Future[int]]] = SimpleQueue()
-        for _ in range(slots):
-            threading.Thread(target=self._run_all, name="run", daemon=True).start()
 
-    async def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Run `docker ARGUMENTS`; give its exit code, stdout and stderr. Ends it when cancelled."""
-        process = await self._start(*arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        out, err = await self._end(process)
-        return process.returncode or 0, out.decode(errors="replace"), err.decode(errors="replace")
+class PastDeadline(Exception):
+    """The engine's command took longer than its deadline, and was killed. What it did is unknown."""
 
-    async def insist(self, *arguments: str, patience: float = math.inf) -> tuple[int, str, str]:
-        """The same, again and again while the engine does not answer, or the command was killed.
+
+class Answer(NamedTuple):
+    """The end of an engine's command. code is negative where a signal killed it."""
+
+    code: int
+    out: str = ""
+    err: str = ""
+
+
+class RunCommand(Protocol):
+    """Runs the engine's command with these words: all that this file needs of the world.
+
+    environment: added to the worker's own. output: called with what the command writes, as it comes; without it, the
+    answer holds stdout and stderr. deadline: seconds from now. Kills the command when cancelled, but never `run`.
+    Raises NotStarted and PastDeadline.
+    """
+
+    async def __call__(
+        self,
+        words: list[str],
+        stdin: str = "",
+        environment: dict[str, str] | None = None,
+        output: Callable[[bytes], None] | None = None,
+        deadline: float | None = None,
+    ) -> Answer: ...
+
+
+class Found(NamedTuple):
+    """A container of this worker, from `docker ps`."""
+
+    job: int
+    attempt: int
+    state: str
+    container: str
+    name: str
+
+
+class Engine:
+    """What a worker asks the engine, and what the engine's answers mean."""
+
+    def __init__(self, command: RunCommand) -> None:
+        self._command = command
+        self.images: set[str] = set()  # known to be here
+        self._pulling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def retry_until_answered(self, *words: str, patience: float = math.inf) -> Answer:
+        """Run a command again and again while the engine does not answer, or the command is killed.
 
         Raises EngineAway when that has taken `patience` seconds.
         """
-        deadline = time.monotonic() + patience
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + patience
         while True:
-            code, out, err = await self(*arguments)
+            code, _out, err = answer = await self._command([*words])
             if code == 0 or (code > 0 and not UNREACHABLE.search(err)):
-                return code, out, err
-            if time.monotonic() > deadline:
+                return answer
+            if clock() > give_up_at:
                 raise EngineAway(err.strip())
-            log.warning("docker %s did not get an answer; trying again: %s", arguments[0], err.strip() or code)
+            log.warning("docker %s did not get an answer; trying again: %s", words[0], err.strip() or code)
             await asyncio.sleep(ENGINE_RETRY_SECONDS)
 
-    def _start(self, *arguments: str, **streams: Any) -> Any:
-        return asyncio.create_subprocess_exec(
-            self.command, *arguments, stdin=subprocess.DEVNULL, process_group=0, **streams
-        )
+    async def run(self, command: "Command", output: Callable[[bytes], None]) -> int:
+        """Start a container and wait for its end; the exit code of `docker run`."""
+        return (await self._command(command.arguments, command.stdin, command.variables, output)).code
 
-    async def run(self, command: "Command", output: int) -> int:
-        """Start a container and wait for its end, its output going to a file descriptor; the exit code."""
-        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._to_run.put((command, output, ended))
-        return await asyncio.shield(ended)  # its thread settles it, even where nobody waits any more
+    async def follow(self, container: str, output: Callable[[bytes], None]) -> bool:
+        """Read what a container wrote, from its start, and writes until it ends; True if that was all."""
+        return (await self._command(["logs", "--follow", container], output=output)).code == 0
 
-    def _run_all(self) -> None:
-        """Run one command after the other: what an executor does, at half of its cost for each."""
-        while True:
-            command, output, ended = self._to_run.get()
-            try:
-                settle = functools.partial(ended.set_result, self._run(command, output))
-            except Exception as error:  # noqa: BLE001 - whatever it was, it belongs to who waits for it
-                settle = functools.partial(ended.set_exception, error)
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the worker is leaving
-                ended.get_loop().call_soon_threadsafe(settle)
+    async def wait(self, container: str) -> None:
+        """Wait until a container has ended, or is gone."""
+        await self.retry_until_answered("wait", container)
 
-    def _run(self, command: "Command", output: int) -> int:
-        try:
-            # A group of its own: Ctrl-C is for the worker, which decides what becomes of the container.
-            return subprocess.run(
-                [self.command, *command.arguments],
-                **({"input": command.stdin.encode()} if command.stdin else {"stdin": subprocess.DEVNULL}),
-                stdout=output,
-                stderr=output,
-                env=self._environment
-                | {os.fsencode(key): os.fsencode(text) for key, text in command.variables.items()},
-                process_group=0,
-                check=False,
-            ).returncode
-        finally:
-            os.close(output)
-
-    async def follow(self, container: str, output: int) -> bool:
-        """Copy what a container wrote, from its start, and writes until it ends; whether that was all."""
-        process = await self._start("logs", "--follow", container, stdout=output, stderr=output)
-        await self._end(process)
-        return bool(process.returncode == 0)
-
-    async def _end(self, process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
-        """Wait for a command's end and give its output; where the wait is cancelled, the command ends with it."""
-        try:
-            return await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.communicate()
+    async def stop(self, container: str, grace: float) -> None:
+        """Ask a container to stop: TERM, the grace period in seconds, KILL."""
+        await self._command(["stop", "--time", str(math.ceil(grace)), container])
 
     async def state(self, container: str) -> dict[str, Any] | None:
         """Give `docker inspect`'s State of a container, or None where it says nothing. Waits for an engine."""
-        _code, out, _err = await self.insist(
-            "inspect", "--type", "container", "--format", "{{json .State}}", container, patience=ENGINE_PATIENCE_SECONDS
-        )
+        words = ["inspect", "--type", "container", "--format", "{{json .State}}", container]
+        answer = await self.retry_until_answered(*words, patience=ENGINE_PATIENCE_SECONDS)
         with contextlib.suppress(ValueError):
-            state = json.loads(out)
+            state = json.loads(answer.out)
             return state if isinstance(state, dict) else None
         return None
 
     async def has_image(self, image: str) -> bool:
-        code, _out, err = await self.insist(
-            "image", "inspect", "--format", "{{.Id}}", image, patience=ENGINE_PATIENCE_SECONDS
-        )
-        return not (code and "no such image" in err.lower())
+        words = ["image", "inspect", "--format", "{{.Id}}", image]
+        code, _out, err = await self.retry_until_answered(*words, patience=ENGINE_PATIENCE_SECONDS)
+        is_here = not (code and "no such image" in err.lower())
+        if not is_here:
+            self.images.discard(image)
+        return is_here
 
-    async def containers(self, labels: dict[str, str]) -> list[tuple[int, int, str, str, str]]:
-        """Give (job, attempt, state, container, job's name) of each container with these labels."""
+    async def provide_image(self, image: str, policy: str, platform: str | None) -> str:
+        """Have an image here, pulled once for all jobs that wait for it; the engine's error where it can't, or ""."""
+        async with self._pulling[image]:
+            if policy == "missing" and (image in self.images or await self.has_image(image)):
+                self.images.add(image)
+                return ""
+            code, out, err = await self._command(["pull", "--quiet", *option("--platform", platform), "--", image])
+            if code == 0:
+                self.images.add(image)
+                return ""
+            return err.strip() or out.strip() or f"docker pull ended with exit code {code}"
+
+    async def containers(self, labels: dict[str, str]) -> list[Found]:
+        """Give the containers with these labels."""
         filters = [word for key, value in labels.items() for word in ("--filter", f"label={key}={value}")]
         fields = ['{{.Label "jobworker.job"}}', '{{.Label "jobworker.attempt"}}', "{{.State}}", "{{.Names}}"]
         columns = "\t".join([*fields, '{{.Label "jobworker.name"}}'])
-        _code, out, _err = await self.insist("ps", "--all", "--no-trunc", *filters, "--format", columns)
-        lines = [line.split("\t") for line in out.splitlines()]
+        answer = await self.retry_until_answered("ps", "--all", "--no-trunc", *filters, "--format", columns)
+        lines = [line.split("\t") for line in answer.out.splitlines()]
         return [
-            (int(job), int(attempt), state, container, name)
+            Found(int(job), int(attempt), state, container, name)
             for job, attempt, state, container, name in (line for line in lines if len(line) == 5)
             if job.isdecimal() and attempt.isdecimal()
         ]
 
     async def remove(self, containers: list[str], force: bool = True) -> bool:
-        """Remove containers with their anonymous volumes, running ones only by force; whether all are gone."""
-        code, _out, err = await self("rm", *["--force"] * force, "--volumes", *containers)
+        """Remove containers with their anonymous volumes, running ones only by force; True if all are gone."""
+        code, _out, err = await self._command(["rm", *["--force"] * force, "--volumes", *containers])
         return code == 0 or (code > 0 and all("no such container" in line.lower() for line in err.splitlines()))
+
+    async def remove_if_never_started(self, container: str) -> bool:
+        """Remove a container that was only created; False where it has started, as one whose start was under way."""
+        await asyncio.sleep(CREATED_SECONDS)
+        state = await self.state(container)
+        if state and state.get("Status") != "created":
+            return False
+        return await self.remove([container], force=False)
 
 
 # From a configuration's key to its option of `docker run`: once for each entry of a list or map; true is the option
@@ -266,30 +282,13 @@ def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
 
 
-def seconds_since(moment: str) -> float:
-    """How long ago a moment was that docker gives, such as 2026-01-31T12:00:00.123456789Z; 0 where it gives none."""
+def seconds_since(moment: str, now: float) -> float:
+    """How long ago a moment was that docker gives, such as 2026-01-31T12:00:00.123456789Z; 0 where it gives none.
+
+    now: seconds since the epoch.
+    """
     try:
         began = datetime.fromisoformat(re.sub(r"\.\d+", "", moment))
     except ValueError:
         return 0
-    return max((datetime.now(UTC) - began).total_seconds(), 0)
-
-
-def end_orphans(labels: dict[str, str]) -> None:
-    """End `docker run` commands that outlived the worker that started them, before they start one more container.
-
-    The containers that they have started run on. Looks in /proc; elsewhere than on Linux there is nothing to see.
-    """
-    wanted = {f"{key}={value}".encode() for key, value in labels.items()}
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"run" in arguments and wanted <= set(arguments) and int(entry.name) != os.getpid():
-                os.kill(int(entry.name), signal.SIGKILL)
-                wait_for_end(entry)
-
-
-def wait_for_end(process: Path) -> None:
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and (process / "cmdline").exists() and (process / "cmdline").read_bytes():
-        time.sleep(0.01)
+    return max(now - began.timestamp(), 0)

@@ -2,25 +2,29 @@
 
 It must not know of HTTP, WebSockets, jobs.yaml or threads, and never asks for the time: it is given it.
 
-A function takes a `Database` first, reads and writes through it alone, and either returns a result or raises: then
-nothing of it happens. The store runs each in a transaction.
+A function takes a `Database` first and reads and writes through it alone; the store runs each in a transaction. What it
+is asked and can't do it returns as a Refusal: an exception would undo all that was grouped with it.
 
 Two rules for states: only `_move` changes one, and only along TRANSITIONS. A job in a final state never changes again.
 """
 
+import copy
 import json
 import random
 import sqlite3
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import islice
 from typing import Any, NamedTuple
 
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
     ("queued", "cancel"): "cancelled",
+    ("queued", "gone"): "failure",
     ("assigned", "start"): "running",
     ("assigned", "requeue"): "queued",
     ("assigned", "cancel"): "cancelled",
@@ -33,10 +37,11 @@ TRANSITIONS = {
 STATES = ("queued", "assigned", "running", "success", "failure", "cancelled")
 FINAL_STATES = ("success", "failure", "cancelled")
 
-LOG_HEAD_BYTES = 512 * 1024
-LOG_TAIL_BYTES = 512 * 1024
 FREE_PAGES_LIMIT = 1_000
-SCHEMA_VERSION = 1
+RING_TICKS = 1_000
+MAX_TICK_JOBS = 250
+HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x6A6F6277
 MAX_JOB_ID = 2**31 - 1
 
@@ -53,7 +58,6 @@ CREATE TABLE job (
     exit_code       INTEGER,
     reason          TEXT,
     environment     TEXT,
-    idempotency_key TEXT,
     not_before      REAL,
     created_at      REAL    NOT NULL,
     started_at      REAL,
@@ -61,11 +65,16 @@ CREATE TABLE job (
     log_bytes       INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
+CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
 CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX job_state ON job (state, id);
 CREATE INDEX job_name ON job (name, id);
 CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
-CREATE UNIQUE INDEX job_idempotency_key ON job (idempotency_key) WHERE idempotency_key IS NOT NULL;
+
+CREATE TABLE request (
+    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX request_first ON request (first);
 
 CREATE TABLE attempt (
     job INTEGER NOT NULL, attempt INTEGER NOT NULL, worker INTEGER, started_at REAL, finished_at REAL,
@@ -78,10 +87,37 @@ CREATE TABLE log (
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE worker (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, expected INTEGER NOT NULL DEFAULT 1
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, expected INTEGER NOT NULL DEFAULT 1,
+    protocol INTEGER NOT NULL DEFAULT 2, slots INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]',
+    address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL
 ) STRICT;
+CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
 CREATE TABLE server (id TEXT NOT NULL) STRICT;
 """
+
+# From each schema version to the next. 1 knew a worker of the original's protocol by its name alone, and of a request
+# with an idempotency key only the job.
+MIGRATIONS = {
+    1: """
+ALTER TABLE worker ADD COLUMN protocol INTEGER NOT NULL DEFAULT 2;
+ALTER TABLE worker ADD COLUMN slots INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE worker ADD COLUMN tags TEXT NOT NULL DEFAULT '[]';
+ALTER TABLE worker ADD COLUMN address TEXT;
+ALTER TABLE worker ADD COLUMN version TEXT;
+ALTER TABLE worker ADD COLUMN connected INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE worker ADD COLUMN connected_at REAL;
+UPDATE worker SET protocol = 1 WHERE name GLOB 'version-1-????????';
+CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
+CREATE TABLE request (
+    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX request_first ON request (first);
+INSERT INTO request SELECT idempotency_key, NULL, id, 1 FROM job WHERE idempotency_key IS NOT NULL;
+DROP INDEX job_idempotency_key;
+CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
+ALTER TABLE job DROP COLUMN idempotency_key;
+""",
+}
 
 _JOB = "SELECT job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
 _READY = "state = 'queued' AND not_before IS NULL"
@@ -90,9 +126,11 @@ _GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from
 
 GET_JOB = f"{_JOB} WHERE job.id = ?"
 GET_STATE = "SELECT id, name, attempt, failures, cancelling, worker, state FROM job WHERE id = ?"
-INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, idempotency_key, not_before, created_at)
-    VALUES (?, ?, 'queued', ?, ?, ?, ?, ?)"""
-FIND_KEY = "SELECT id, name, environment FROM job WHERE idempotency_key = ?"
+INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, not_before, created_at)
+    VALUES (?, ?, 'queued', ?, ?, ?, ?)"""
+FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
+INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
+DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
 # A seek a name. Left to itself, SQLite's planner walks all that is queued by job_state.
 READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
@@ -106,14 +144,21 @@ READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job INDEXE
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes FROM job
     WHERE {_ACTIVE} AND worker = ?"""
-EXPECTED_WORKERS = f"""SELECT id, name FROM worker
+MAY_COME_BACK = f"""SELECT id, name, protocol FROM worker
     WHERE expected = 1 OR id IN (SELECT worker FROM job WHERE {_ACTIVE})"""
+EXPECTED_WORKERS = "SELECT * FROM worker WHERE expected = 1 ORDER BY id"
+ANY_EXPECTED = "SELECT 1 FROM worker WHERE expected = 1 LIMIT 1"
+GET_WORKER = "SELECT * FROM worker WHERE id = ?"
+HELD_JOBS = f"SELECT worker, id FROM job WHERE {_ACTIVE}"
+COUNT_CONNECTED = "SELECT count(*), total(slots) FROM worker WHERE expected = 1 AND connected"
+COUNT_BUSY = f"""SELECT count(*) FROM job JOIN worker ON worker.id = job.worker
+    WHERE {_ACTIVE} AND worker.connected"""
 CLAIM = "UPDATE job SET state = :to_state, worker = :worker, attempt = :attempt WHERE id = :id AND state = :from_state"
 START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
 _ENDED = "RETURNING id, name, state, created_at, started_at, finished_at"
 FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = :reason, finished_at = :now
     WHERE {_GUARD} {_ENDED}"""
-CANCEL_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
+END_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
     WHERE id = :id AND state = :from_state {_ENDED}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
     started_at = NULL, log_bytes = 0 WHERE {_GUARD}"""
@@ -122,18 +167,22 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
+SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
+QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
+    SELECT min(name) FROM job
+    UNION ALL
+    SELECT (SELECT min(name) FROM job WHERE name > known.name) FROM known WHERE name IS NOT NULL)
+    SELECT name FROM known WHERE name IS NOT NULL"""
+QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
-EXPECT_WORKER = "UPDATE worker SET expected = ? WHERE id = ? AND expected <> ?"
+CONNECT_WORKER = """UPDATE worker SET expected = 1, connected = 1, protocol = :protocol, slots = :slots, tags = :tags,
+    address = :address, version = :version, connected_at = :since WHERE id = :id"""
+DISCONNECT_WORKER = "UPDATE worker SET connected = 0 WHERE id = ? AND connected_at = ?"
+DISCONNECT_ALL = "UPDATE worker SET connected = 0 WHERE expected = 1 AND connected"
+FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND expected = 1"
 LOG_STATE = "SELECT log_bytes FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
-LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
-INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
-CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
-READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
-    ORDER BY byte_offset LIMIT 16"""
-LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
-LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
@@ -148,8 +197,11 @@ COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
 RetryDelay = Callable[[str, int], float | None]
 
 
-class Conflict(Exception):
-    """The job is not in a state that allows this, or the idempotency key belongs to another request."""
+class Refusal(NamedTuple):
+    """What was asked can't be done, and nothing was changed. kind: "unknown", "conflict" or "no worker"."""
+
+    kind: str
+    detail: str
 
 
 class NewJob(NamedTuple):
@@ -157,10 +209,16 @@ class NewJob(NamedTuple):
     environment: dict[str, str] | None = None
     priority: int = 0
     delay: float = 0
-    idempotency_key: str | None = None
 
 
-class Offer(NamedTuple):
+class Key(NamedTuple):
+    """An idempotency key, and what the request that has it asks for, in a form in which equals are the same text."""
+
+    text: str
+    content: str
+
+
+class FreeSlots(NamedTuple):
     """A worker with free slots, and the names of the jobs it may take."""
 
     worker: int
@@ -176,6 +234,15 @@ class Claimed(NamedTuple):
     environment: dict[str, str]
 
 
+class Order(NamedTuple):
+    """Someone cancelled an attempt: its worker has to stop it, or to let it go where it had not started it."""
+
+    worker: int
+    job: int
+    attempt: int
+    started: bool
+
+
 class Finished(NamedTuple):
     """What a job's end says: for the metrics."""
 
@@ -187,7 +254,20 @@ class Finished(NamedTuple):
     finished_at: float
 
 
-class Held(NamedTuple):
+class Arrival(NamedTuple):
+    """What a worker that connects says of itself; held: (job, attempt, state) as the worker has them."""
+
+    name: str
+    protocol: int
+    slots: int
+    tags: tuple[str, ...]
+    address: str
+    version: str
+    since: float
+    held: tuple[tuple[int, int, str], ...]
+
+
+class HeldAttempt(NamedTuple):
     """An attempt that a returned worker still holds and shall go on with."""
 
     id: int
@@ -196,22 +276,66 @@ class Held(NamedTuple):
     cancelling: bool
 
 
+class Tick:
+    """What changed in a moment: ids of jobs and of workers, and how things stand. `next` is done with the next tick."""
+
+    def __init__(self, id_: int, jobs: frozenset[int], workers: frozenset[int], overview: dict[str, Any]) -> None:
+        self.id, self.jobs, self.workers, self.overview = id_, jobs, workers, overview
+        self.next: Future[Tick] = Future()
+
+
+class Totals:
+    """Counters and histograms of the jobs that ended since the server's start.
+
+    A histogram holds a count for each of HISTOGRAM_SECONDS, one for more, and the sum of all.
+    """
+
+    def __init__(self) -> None:
+        self.finished: Counter[tuple[str, str]] = Counter()
+        self.durations: dict[str, list[float]] = {}
+        self.waits: dict[str, list[float]] = {}
+
+    def observe(self, finished: Iterable[Finished]) -> None:
+        for _id, name, final_state, created_at, started_at, finished_at in finished:
+            self.finished[name, final_state] += 1
+            if started_at is not None:  # by a clock that may have jumped meanwhile
+                self._add(self.durations, name, max(finished_at - started_at, 0))
+                self._add(self.waits, name, max(started_at - created_at, 0))
+
+    def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
+        counts = histograms.setdefault(name, [0] * (len(HISTOGRAM_SECONDS) + 2))
+        counts[bisect_left(HISTOGRAM_SECONDS, value)] += 1
+        counts[-1] += value
+
+
 @dataclass
+class Notes:
+    """What the transaction under way has changed. A rollback forgets it."""
+
+    last_id: int
+    moved: Counter[str] = field(default_factory=Counter)
+    jobs: set[int] = field(default_factory=set)
+    workers: set[int] = field(default_factory=set)
+    ready: bool = False
+    finished: list[Finished] = field(default_factory=list)
+    orders: list[Order] = field(default_factory=list)
+    tick: tuple[dict[str, Any], float] | None = None
+
+
 class Database:
     """What a function sees of the store: the connection, and notes of what its transaction changes."""
 
-    connection: sqlite3.Connection
-    last_id: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    watchers: dict[int, list[Future[None]]] = field(default_factory=dict)
-    unpublished: set[int] = field(default_factory=set)
-    # of the transaction that runs
-    first_id: int = 0
-    published: bool = False
-    moved: Counter[str] = field(default_factory=Counter)
-    changed: set[int] = field(default_factory=set)
-    ready: bool = False
-    finished: list[Finished] = field(default_factory=list)
+    def __init__(self, connection: sqlite3.Connection, chance: random.Random) -> None:
+        self.connection, self.chance = connection, chance
+        self.counts = Counter({row["state"]: row["jobs"] for row in self.execute(COUNT_STATES)})
+        last = self.one(LAST_ID)
+        self.last_id: int = last[0] if last else 0
+        self.notes = Notes(self.last_id)
+        self.totals = Totals()
+        self.watchers: dict[int, Future[None]] = {}
+        self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
+        self.untold_jobs: set[int] = set()
+        self.untold_workers: set[int] = set()
 
     def execute(self, sql: str, parameters: Sequence[Any] | dict[str, Any] = ()) -> sqlite3.Cursor:
         return self.connection.execute(sql, parameters)
@@ -220,26 +344,39 @@ class Database:
         return self.connection.execute(sql, parameters).fetchone()
 
     def watch(self, job: int) -> "Future[None]":
-        """Give a future that is done when the job has next changed."""
-        future: Future[None] = Future()
-        waiting = [watcher for watcher in self.watchers.get(job, ()) if not watcher.cancelled()]
-        self.watchers[job] = [*waiting, future]
-        return future
+        """Give the future that is done when the job has next changed: one for all who wait for it."""
+        return self.watchers.setdefault(job, Future())
 
     def begin(self) -> None:
-        self.moved, self.changed, self.ready, self.finished = Counter(), set(), False, []
-        self.first_id, self.published = self.last_id, False
+        self.notes = Notes(self.last_id)
         self.execute("BEGIN IMMEDIATE")
 
-    def commit(self) -> None:
+    def commit(self) -> Notes:
+        """Commit, and take over what the transaction noted."""
         self.execute("COMMIT")
-        self.counts.update(self.moved)
-        self.unpublished = self.changed if self.published else self.unpublished | self.changed
+        notes = self.notes
+        self.last_id = notes.last_id
+        self.counts.update(notes.moved)
+        self.totals.observe(notes.finished)
+        self.untold_jobs |= notes.jobs
+        self.untold_workers |= notes.workers
+        if notes.tick:
+            self._add_tick(*notes.tick)
+        return notes
 
     def rollback(self) -> None:
-        self.last_id = self.first_id
         if self.connection.in_transaction:
             self.execute("ROLLBACK")
+
+    def _add_tick(self, overview: dict[str, Any], now: float) -> None:
+        """Tell who listens what has changed since the last tick, if anything did. Ids grow, also across restarts."""
+        last = self.ticks[-1]
+        if self.untold_jobs or self.untold_workers or overview != last.overview:
+            jobs = frozenset(islice(self.untold_jobs, MAX_TICK_JOBS + 1))  # more are told as a reset
+            tick = Tick(max(int(now * 1000), last.id + 1), jobs, frozenset(self.untold_workers), overview)
+            self.ticks.append(tick)
+            self.untold_jobs, self.untold_workers = set(), set()
+            last.next.set_result(tick)
 
 
 def _move(db: Database, statement: str, event: str, from_state: str, job: int, **values: Any) -> bool:
@@ -248,56 +385,88 @@ def _move(db: Database, statement: str, event: str, from_state: str, job: int, *
     cursor = db.execute(statement, {"id": job, "from_state": from_state, "to_state": to_state, **values})
     if to_state in FINAL_STATES:
         ended = [Finished(*row) for row in cursor]
-        db.finished += ended
+        db.notes.finished += ended
         moved = bool(ended)
     else:
         moved = cursor.rowcount == 1
     if moved:
-        db.moved[from_state] -= 1
-        db.moved[to_state] += 1
-        db.changed.add(job)
-        db.ready = db.ready or to_state not in ("assigned", "running")
+        db.notes.moved[from_state] -= 1
+        db.notes.moved[to_state] += 1
+        db.notes.jobs.add(job)
+        if "worker" in values:
+            db.notes.workers.add(values["worker"])
+        db.notes.ready = db.notes.ready or to_state not in ("assigned", "running")
     return moved
 
 
 # Jobs come in
 
 
-def add(db: Database, jobs: Sequence[NewJob], now: float) -> list[int]:
-    """Queue jobs; give their ids, all or none. No two of them may have the same idempotency key.
+def add(
+    db: Database, jobs: Sequence[NewJob], now: float, hold: bool = True, key: Key | None = None
+) -> list[int] | Refusal:
+    """Queue jobs; give their ids, all or none.
 
-    now: seconds since the epoch. A job whose idempotency key is known already is not queued again: its id is given.
-    Raises Conflict where that key came with another name or environment.
+    now: seconds since the epoch. hold: also where no worker is connected or within its grace. Where the key is known
+    nothing is queued: the ids are those of the request that had it; refused as a conflict if that was another one.
     """
-    ids, rows = [], []
-    for name, variables, priority, delay, key in jobs:
+    if key and (known := find_request(db, key)) is not None:
+        return known
+    if not hold and not db.one(ANY_EXPECTED):
+        return Refusal("no worker", "worker is not exist")
+    first = db.notes.last_id + 1
+    ids = list(range(first, first + len(jobs)))
+    rows = []
+    for id_, (name, variables, priority, delay) in zip(ids, jobs, strict=True):
         environment = json.dumps(variables, ensure_ascii=False) if variables else None
-        if key is not None and (known := db.one(FIND_KEY, key)):
-            if tuple(known)[1:] != (name, environment):
-                raise Conflict(f"this Idempotency-Key was used for job {known['id']}, which is another request")
-            ids.append(known["id"])
-            continue
-        db.last_id += 1
-        rows.append((db.last_id, name, priority, environment, key, now + delay if delay > 0 else None, now))
-        ids.append(db.last_id)
+        rows.append((id_, name, priority, environment, now + delay if delay > 0 else None, now))
     db.connection.executemany(INSERT_JOB, rows)
-    db.moved["queued"] += len(rows)
-    db.changed.update(ids)
-    db.ready = True
+    if key:
+        db.execute(INSERT_REQUEST, (*key, first, len(jobs)))
+    db.notes.last_id += len(jobs)
+    db.notes.moved["queued"] += len(jobs)
+    db.notes.jobs.update(ids)
+    db.notes.ready = True
     return ids
+
+
+def find_request(db: Database, key: Key) -> list[int] | Refusal | None:
+    """The ids of the jobs that a request with this key queued; None: there was none. A conflict if it was another."""
+    known = db.one(FIND_REQUEST, key.text)
+    if known is None:
+        return None
+    content, first, count = known
+    if content not in (None, key.content):  # None: of a release that did not keep it
+        return Refusal("conflict", f"this Idempotency-Key was used for job {first}, which is another request")
+    return list(range(first, first + count))
+
+
+def shift_delays(db: Database, seconds: float) -> None:
+    """Move the times that delayed jobs wait for, as the clock was set: a delay is a duration."""
+    db.execute(SHIFT_DELAYS, (seconds,))
+
+
+def end_gone(db: Database, names: frozenset[str], now: float, limit: int) -> int:
+    """End up to `limit` queued jobs whose entry has left jobs.yaml, which now has these names; how many those were."""
+    count = 0
+    for (name,) in db.execute(QUEUED_NAMES).fetchall():
+        if name not in names and count < limit:
+            for (job,) in db.execute(QUEUED_OF_NAME, (name, limit - count)).fetchall():
+                count += _move(db, END_WAITING, "gone", "queued", job, reason="gone", now=now)
+    return count
 
 
 def make_due(db: Database, now: float) -> int:
     """Let delayed jobs whose time has come be claimed; how many those were."""
     count = db.execute(MAKE_DUE, (now,)).rowcount
-    db.ready = db.ready or count > 0
+    db.notes.ready = db.notes.ready or count > 0
     return count
 
 
 # Jobs go out
 
 
-def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list[Claimed]:
+def claim(db: Database, offers: Sequence[FreeSlots], limits: dict[str, int]) -> list[Claimed]:
     """Give queued jobs to workers with free slots, best first, and mark them assigned.
 
     limits: how many jobs of a name may be assigned or running at once. Of the workers that may take a job, the one
@@ -318,11 +487,11 @@ def claim(db: Database, offers: Sequence[Offer], limits: dict[str, int]) -> list
     return list(_hand_to_workers(db, ready, offers)) if ready else []
 
 
-def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Offer]) -> Iterator[Claimed]:
+def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[FreeSlots]) -> Iterator[Claimed]:
     # A heap for each set of names: thousands of jobs and workers would make too many pairs.
     heaps: dict[frozenset[str], list[tuple[int, float, int]]] = {}
     for worker, free, names in offers:
-        heappush(heaps.setdefault(names, []), (-free, random.random(), worker))
+        heappush(heaps.setdefault(names, []), (-free, db.chance.random(), worker))
     for job in ready:
         takers = [heap for names, heap in heaps.items() if heap and job["name"] in names]
         if not takers:
@@ -330,7 +499,7 @@ def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Of
         heap = min(takers, key=lambda taker: taker[0])
         minus_free, _, worker = heappop(heap)
         if minus_free < -1:
-            heappush(heap, (minus_free + 1, random.random(), worker))
+            heappush(heap, (minus_free + 1, db.chance.random(), worker))
         attempt = job["attempt"] + 1
         _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
         environment = json.loads(job["environment"]) if job["environment"] else {}
@@ -389,30 +558,44 @@ def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_befo
 # Workers come and go
 
 
-def attach(
-    db: Database, name: str, held: Iterable[tuple[int, int, str]], now: float, retry: RetryDelay
-) -> tuple[int, list[Held]]:
-    """Settle what a worker that says Hello holds: give its id, and the attempts it shall go on with.
+def resume(db: Database) -> list[tuple[int, str, int]]:
+    """At the server's start nobody is connected; give id, name and protocol of each worker that may come back."""
+    db.execute(DISCONNECT_ALL)
+    return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 
-    held: (job, attempt, state) as the worker has them. What the store has for that worker beyond these is gone: it is
-    queued again where it had not started, lost where it had. What the worker has beyond the store's is not returned.
+
+def attach(db: Database, arrival: Arrival, now: float, retry: RetryDelay) -> tuple[int, list[HeldAttempt]]:
+    """Note that a worker is connected, and settle what it holds: give its id, and the attempts it shall go on with.
+
+    What the store has for that worker beyond these is gone: it is queued again where it had not started, lost where it
+    had. What the worker has beyond the store's is not returned.
     """
-    known = db.one(FIND_WORKER, name)
-    worker = int(known[0] if known else db.execute(INSERT_WORKER, (name,)).lastrowid or 0)
-    db.execute(EXPECT_WORKER, (1, worker, 1))
-    kept = {(job, attempt) for job, attempt, _state in held}
+    known = db.one(FIND_WORKER, arrival.name)
+    worker = int(known[0] if known else db.execute(INSERT_WORKER, (arrival.name,)).lastrowid or 0)
+    values = arrival._asdict() | {"id": worker, "tags": json.dumps(arrival.tags, ensure_ascii=False)}
+    del values["held"], values["name"]
+    db.execute(CONNECT_WORKER, values)
+    db.notes.workers.add(worker)
+    kept = {(job, attempt) for job, attempt, _state in arrival.held}
     wanted = []
     for row in db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall():
         key = row["id"], row["attempt"]
         if key in kept:
-            wanted.append(Held(*key, row["log_bytes"], bool(row["cancelling"])))
+            wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"])))
         else:
             _lose(db, row, now, retry)
     return worker, wanted
 
 
-def detach(db: Database, worker: int) -> int:
-    """Queue again what a disconnected worker had not started; how many jobs it may still be running."""
+def detach(db: Database, worker: int, since: float) -> int:
+    """Note that a worker's connection is gone, and queue again what it had not started.
+
+    since: that of the connection's Arrival; where a newer one has taken over, nothing changes. Returns how many jobs
+    the worker may still be running.
+    """
+    if db.execute(DISCONNECT_WORKER, (worker, since)).rowcount == 0:
+        return 0
+    db.notes.workers.add(worker)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
     for row in rows:
         if row["state"] == "assigned":
@@ -422,7 +605,8 @@ def detach(db: Database, worker: int) -> int:
 
 def lose(db: Database, worker: int, now: float, retry: RetryDelay) -> int:
     """Give up what a worker that did not come back was running; how many jobs that were."""
-    db.execute(EXPECT_WORKER, (0, worker, 0))
+    db.execute(FORGET_WORKER, (worker,))
+    db.notes.workers.add(worker)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
     for row in rows:
         _lose(db, row, now, retry)
@@ -436,38 +620,38 @@ def _lose(db: Database, row: sqlite3.Row, now: float, retry: RetryDelay) -> None
         _end_attempt(db, row, "lose", None, "lost", now, retry)
 
 
-def expected_workers(db: Database) -> list[tuple[int, str]]:
-    """The id and name of each worker that was connected, or within its grace, when the server ended."""
-    return [(row[0], row[1]) for row in db.execute(EXPECTED_WORKERS)]
-
-
 # People ask
 
 
-def cancel(db: Database, job: int, now: float) -> sqlite3.Row:
-    """Cancel a job: at once where it does not run, else once its worker confirms; its row as GET_STATE, before.
+def cancel(db: Database, job: int, now: float) -> sqlite3.Row | Refusal:
+    """Cancel a job: at once where it does not run, else once its worker confirms; its row, as `get` gives it.
 
-    Raises KeyError for an unknown job, Conflict for a final one.
+    Where a worker has it, an order for that worker is noted. Refused as unknown, or as a conflict where it has ended.
     """
     row: sqlite3.Row | None = db.one(GET_STATE, job)
     if row is None:
-        raise KeyError(job)
+        return _unknown(job)
     if row["state"] in FINAL_STATES:
-        raise Conflict(f"job {job} has ended already: {row['state']}")
+        return Refusal("conflict", f"job {job} has ended already: {row['state']}")
     if row["state"] == "running":
         db.execute(SET_CANCELLING, (job,))
-        db.changed.add(job)
+        db.notes.jobs.add(job)
     else:
-        _move(db, CANCEL_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
-    return row
+        _move(db, END_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
+    if row["worker"] is not None:
+        db.notes.workers.add(row["worker"])
+        db.notes.orders.append(Order(row["worker"], job, row["attempt"], row["state"] == "running"))
+    return get(db, job)
 
 
-def get(db: Database, job: int) -> sqlite3.Row:
-    """A job's row, with worker_name. Raises KeyError."""
+def _unknown(job: int) -> Refusal:
+    return Refusal("unknown", f"there is no job with id {job}")
+
+
+def get(db: Database, job: int) -> sqlite3.Row | Refusal:
+    """A job's row, with worker_name. Refused as unknown."""
     row: sqlite3.Row | None = db.one(GET_JOB, job)
-    if row is None:
-        raise KeyError(job)
-    return row
+    return _unknown(job) if row is None else row
 
 
 def get_many(db: Database, jobs: Iterable[int]) -> list[sqlite3.Row]:
@@ -475,12 +659,14 @@ def get_many(db: Database, jobs: Iterable[int]) -> list[sqlite3.Row]:
     return [row for job in sorted(jobs) if (row := db.one(GET_JOB, job))]
 
 
-def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Future[None] | None"]:
+def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Future[None] | None"] | Refusal:
     """A job's row, and a future that is done when it has next changed: None where it is final, or no `watch` asked for.
 
-    Raises KeyError.
+    Refused as unknown.
     """
     row = get(db, job)
+    if isinstance(row, Refusal):
+        return row
     return row, db.watch(job) if watch and row["state"] not in FINAL_STATES else None
 
 
@@ -507,75 +693,64 @@ def attempts(db: Database, job: int) -> list[sqlite3.Row]:
     return db.execute(ATTEMPTS, (job,)).fetchall()
 
 
-def news(db: Database) -> tuple[set[int], float | None]:
-    """The ids of the jobs that changed since the last call, and oldest_ready."""
-    db.published = True
-    return set(db.unpublished), oldest_ready(db)
-
-
 def oldest_ready(db: Database) -> float | None:
     """When the oldest job that could run now was made, in seconds since the epoch; None: there is none."""
     created_at: float | None = db.one(OLDEST_READY)[0]
     return created_at
 
 
-def count_active(db: Database, name: str) -> int:
-    """How many jobs of a name are assigned or running."""
-    count: int = db.one(COUNT_ACTIVE, name)[0]
-    return count
+# How things stand
 
 
-# Logs
+def workers(db: Database, ids: Iterable[int] | None = None) -> list[tuple[sqlite3.Row, list[int]]]:
+    """Workers' rows, each with the ids of the jobs it holds: those asked for, or all that are there or may come back.
 
-
-def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, data: bytes) -> int | None:
-    """Keep a piece of an attempt's output; the offset up to which it is kept now, None for a stale message.
-
-    What is there already is not written twice. Past head and tail, the middle goes.
+    A row's `connected` is 0 for one that is away, its `tags` a JSON list.
     """
-    row = db.one(LOG_STATE, job, attempt, worker)
-    if row is None:
-        return None
-    have: int = row[0]
-    if offset < have:
-        data, offset = data[have - offset :], have
-    if data:
-        have = offset + len(data)
-        db.execute(INSERT_LOG, (job, attempt, offset, data))
-        db.execute(LOG_GROWS, (have, job))
-        if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
-            db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
-        db.changed.add(job)
-    return have
+    rows = db.execute(EXPECTED_WORKERS) if ids is None else (db.one(GET_WORKER, id_) for id_ in sorted(ids))
+    held: defaultdict[int, list[int]] = defaultdict(list)
+    for worker, job in db.execute(HELD_JOBS):
+        held[worker].append(job)
+    return [(row, sorted(held[row["id"]])) for row in rows if row]
 
 
-def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:
-    """Pieces of an attempt's output from a byte offset on, as (offset, bytes), some at a time; empty at its end."""
-    first = db.one(LOG_CHUNK_BEFORE, job, attempt, offset)[0]
-    rows = db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)).fetchall()
-    pieces = []
-    for start_, data in rows:
-        skip = max(offset - start_, 0)
-        if skip < len(data):
-            pieces.append((start_ + skip, data[skip:]))
-    return pieces
+def what_waits_for(db: Database, limited: Iterable[str]) -> tuple[set[tuple[int, str]], dict[str, int]]:
+    """What decides whether a queued job may run: protocol and tags of who is connected, and how many of each name run.
+
+    limited: the names to count. Tags are a JSON list.
+    """
+    connected = {(row["protocol"], row["tags"]) for row in db.execute(EXPECTED_WORKERS) if row["connected"]}
+    return connected, {name: db.one(COUNT_ACTIVE, name)[0] for name in limited}
 
 
-def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
-    """The byte offset at which the last `lines` lines of an attempt's output begin."""
-    offset, wanted, last = 0, lines, True
-    for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
-        if not lines:
-            return int(offset) + len(data)
-        end: int = len(data)
-        if last and data.endswith(b"\n"):
-            end -= 1
-        last = False
-        while wanted and (end := data.rfind(b"\n", 0, end)) >= 0:
-            wanted -= 1
-        if end >= 0:
-            return int(offset) + end + 1
-    return 0
+def overview(db: Database, now: float) -> dict[str, Any]:
+    """Jobs by state, how many ended, how long the oldest ready job has waited in seconds; workers, slots, busy ones."""
+    connected, slots = db.one(COUNT_CONNECTED)
+    oldest = oldest_ready(db)
+    return {
+        "jobs": {state: db.counts[state] for state in STATES},
+        "finished": db.totals.finished.total(),
+        "queue_latency": round(max(now - oldest, 0), 1) if oldest else 0,
+        "workers": connected,
+        "slots": int(slots),
+        "busy": db.one(COUNT_BUSY)[0],
+    }
+
+
+def tick(db: Database, now: float) -> None:
+    """Have those who listen told what has changed, once that is on disk."""
+    db.notes.tick = overview(db, now), now
+
+
+def listen(db: Database, last_id: int | None) -> tuple[Tick, Tick | None]:
+    """The newest tick, and the one after which to go on: that of `last_id`; None where it is not known any more."""
+    newest = db.ticks[-1]
+    return newest, newest if last_id is None else next((tick for tick in db.ticks if tick.id == last_id), None)
+
+
+def totals(db: Database) -> Totals:
+    """A copy of what was counted since the server's start."""
+    return copy.deepcopy(db.totals)
 
 
 # Retention
@@ -585,14 +760,14 @@ def prune(db: Database, before: float, limit: int) -> int:
     """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were."""
     rows = db.execute(OLD_JOBS, (before, limit)).fetchall()
     for job, state in rows:
-        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_JOB):
+        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
             db.execute(statement, (job,))
-        db.moved[state] -= 1
+        db.notes.moved[state] -= 1
     for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
         db.execute(FREE_PAGE)
     return len(rows)
 
 
-def probe(db: Database, _now: float) -> None:
+def probe(db: Database) -> None:
     """Write something, to see whether the disk takes writes again."""
     db.execute(WRITE_SOMETHING)

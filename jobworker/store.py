@@ -6,7 +6,7 @@ One thread owns the one SQLite connection. The others hand it functions, `store.
 are waiting in one transaction, makes that durable with one fsync, and only then lets anyone see a result:
 
     HTTP threads ── do ──▶ ┌───────┐                                       ┌─▶ futures of the HTTP threads
-    event loop ── tell ──▶ │ queue │ ──▶ BEGIN, f, g, h …, COMMIT (fsync) ─┼─▶ deliver(): callbacks of the loop
+    event loop ─ do_then ─▶ │ queue │ ──▶ BEGIN, f, g, h …, COMMIT (fsync) ─┼─▶ deliver(): callbacks of the loop
                            └───────┘                                       └─▶ watchers of the jobs that changed
 
 A function either returns a result or raises: then nothing of it happens. A group in which one raises is rolled back and
@@ -16,24 +16,14 @@ run again one by one.
 import contextlib
 import logging
 import queue
+import random
 import sqlite3
 import threading
-import uuid
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from jobworker.state import (
-    APPLICATION_ID,
-    COUNT_STATES,
-    LAST_ID,
-    SCHEMA,
-    SCHEMA_VERSION,
-    STATES,
-    Database,
-    Finished,
-)
+from jobworker.state import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION, Database, Notes, Order
 
 GROUP_LIMIT = 1_000
 
@@ -53,37 +43,41 @@ class _Request(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """What one commit did: callbacks to call with their results, whether a claim may find more now, jobs that ended."""
+    """What one commit did: callbacks with their results, whether a claim may find more now, orders to workers."""
 
     calls: list[tuple[Callback, Any]]
     ready: bool
-    finished: list[Finished]
+    orders: list[Order]
 
 
 class Store:
-    """The thread, its queue and its connection. `error` says what is wrong with the disk, None while all is well."""
+    """The queue, its thread and the connection. `error` says what is wrong with the disk, None while all is well.
 
-    def __init__(self, path: str, deliver: Callable[[Commit], object] = id) -> None:
+    `start` has a thread commit what waits; without it, who calls `commit_waiting` is that thread.
+    """
+
+    def __init__(
+        self, path: str, deliver: Callable[[Commit], object] | None = None, chance: random.Random | None = None
+    ) -> None:
         """Open or create the database at `path` (":memory:" for none).
 
-        deliver: called by the store's thread after each commit. Raises StoreError where the file can't be used.
+        deliver: called by the store's thread after each commit that calls, orders or may let something run. Raises
+        StoreError where the file can't be used.
         """
         self.error: str | None = None
         self.broken = False
         self._deliver = deliver
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         try:
-            self._database = _open(path)
+            self._database = _open(path, chance or random.Random())
         except sqlite3.Error as error:
             raise StoreError(_explain(path, error)) from error
         self.server_id: str = self._database.one("SELECT id FROM server")[0]
-        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
-        self._thread.start()
 
-    @property
-    def counts(self) -> dict[str, int]:
-        """How many jobs are in each state, as of the last commit."""
-        return {state: self._database.counts[state] for state in STATES}
+    def start(self) -> "Store":
+        self._thread.start()
+        return self
 
     def do(self, function: Callable[..., Any], *args: Any) -> "Future[Any]":
         """Have function(database, *args) run; the future has its result once that is on disk.
@@ -94,48 +88,54 @@ class Store:
         self._requests.put(_Request(function, args, future, None))
         return future
 
-    def tell(self, callback: Callback, function: Callable[..., Any], *args: Any) -> None:
+    def do_then(self, callback: Callback, function: Callable[..., Any], *args: Any) -> None:
         """Have function(database, *args) run; its result, or exception, goes to the callback through `deliver`."""
         self._requests.put(_Request(function, args, None, callback))
 
     def close(self) -> None:
         """Finish what is queued and close the file."""
         self._requests.put(None)
-        self._thread.join()
+        if self._thread.ident is None:
+            self._run()
+        else:
+            self._thread.join()
 
     def _run(self) -> None:
-        closing = False
-        while not closing:
-            group = [self._requests.get()]
-            group += [self._requests.get() for _ in range(min(self._requests.qsize(), GROUP_LIMIT))]
-            closing = None in group
-            requests = [request for request in group if request is not None]
-            if requests and not self._commit(requests):
-                for request in requests:
-                    self._commit([request], alone=True)
+        while self.commit_waiting():
+            pass
         self._database.connection.close()
+
+    def commit_waiting(self) -> bool:
+        """Wait for a request, and commit it with all others that wait; False once the store is closed."""
+        group = [self._requests.get()]
+        group += [self._requests.get() for _ in range(min(self._requests.qsize(), GROUP_LIMIT))]
+        requests = [request for request in group if request is not None]
+        if requests and not self._commit(requests):
+            for request in requests:
+                self._commit([request], alone=True)
+        return None not in group
 
     def _commit(self, group: list[_Request], alone: bool = False) -> bool:
         """Run a group in one transaction and hand out the results; False: it failed and nothing of it happened."""
         database = self._database
         if self.broken:
-            self._hand_out(group, [StoreError(self.error)] * len(group))
+            self._fail(group, StoreError(self.error))
             return True
         try:
             database.begin()
             before = database.connection.total_changes
             results = [request.function(database, *request.args) for request in group]
-            database.commit()
+            notes = database.commit()
         except Exception as error:  # noqa: BLE001 - whatever it was, it must not end the one thread that can write
             with contextlib.suppress(sqlite3.Error):
                 database.rollback()
             failure = self._failure(error)
             if alone or self.broken:
-                self._hand_out(group, [failure] * len(group))
+                self._fail(group, failure)
             return alone or self.broken
         if self.error and database.connection.total_changes > before:
             self.error = None
-        self._hand_out(group, results)
+        self._hand_out(group, results, notes)
         return True
 
     def _failure(self, error: Exception) -> Exception:
@@ -148,29 +148,28 @@ class Store:
         _log.error("%s", self.error)
         return StoreError(self.error)
 
-    def _hand_out(self, group: list[_Request], results: list[Any]) -> None:
-        database = self._database
-        failed = isinstance(results[0], Exception)
-        changed = set() if failed else database.changed
+    def _fail(self, group: list[_Request], error: Exception) -> None:
+        self._tell_loop([(request.callback, error) for request in group if request.callback], False, [])
+        for request in group:
+            if request.future and request.future.set_running_or_notify_cancel():
+                request.future.set_exception(error)
+
+    def _hand_out(self, group: list[_Request], results: list[Any], notes: Notes) -> None:
         calls = [(request.callback, result) for request, result in zip(group, results, strict=True) if request.callback]
         # The loop first: what a caller does on seeing its future done comes after it there.
-        if failed:
-            self._deliver(Commit(calls, False, []))
-        elif calls or database.ready:
-            self._deliver(Commit(calls, database.ready, database.finished))
+        self._tell_loop(calls, notes.ready, notes.orders)
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
-                if isinstance(result, Exception):
-                    request.future.set_exception(result)
-                else:
-                    request.future.set_result(result)
-        for job in changed & database.watchers.keys():
-            for watcher in database.watchers.pop(job):
-                if watcher.set_running_or_notify_cancel():
-                    watcher.set_result(None)
+                request.future.set_result(result)
+        for job in notes.jobs & self._database.watchers.keys():
+            self._database.watchers.pop(job).set_result(None)
+
+    def _tell_loop(self, calls: list[tuple[Callback, Any]], ready: bool, orders: list[Order]) -> None:
+        if self._deliver and (calls or ready or orders):
+            self._deliver(Commit(calls, ready, orders))
 
 
-def _open(path: str) -> Database:
+def _open(path: str, chance: random.Random) -> Database:
     connection = sqlite3.connect(path, timeout=2, isolation_level=None, check_same_thread=False)
     connection.row_factory = sqlite3.Row
     # One connection for ever: no other may open the file, and SQLite needs no shared memory for the WAL.
@@ -181,23 +180,34 @@ def _open(path: str) -> Database:
     connection.execute("BEGIN IMMEDIATE")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == 0:
-        _create(connection)
+        _create(connection, f"{chance.getrandbits(32):08x}")
     elif version != SCHEMA_VERSION:
-        raise sqlite3.DatabaseError(f"it has schema version {version}; this jobworker knows {SCHEMA_VERSION}")
+        _migrate(connection, version)
     connection.execute("COMMIT")
-    last = connection.execute(LAST_ID).fetchone()
-    counts = {row["state"]: row["jobs"] for row in connection.execute(COUNT_STATES)}
-    return Database(connection, last[0] if last else 0, Counter(counts))
+    return Database(connection, chance)
 
 
-def _create(connection: sqlite3.Connection) -> None:
+def _create(connection: sqlite3.Connection, server_id: str) -> None:
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
         raise sqlite3.DatabaseError("it is not a database of jobworker")
-    for statement in filter(str.strip, SCHEMA.split(";")):
-        connection.execute(statement)
-    connection.execute("INSERT INTO server VALUES (?)", (uuid.uuid4().hex[:8],))
+    _execute_all(connection, SCHEMA)
+    connection.execute("INSERT INTO server VALUES (?)", (server_id,))
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _migrate(connection: sqlite3.Connection, version: int) -> None:
+    if version not in MIGRATIONS:
+        raise sqlite3.DatabaseError(f"it has schema version {version}; this jobworker knows {SCHEMA_VERSION}")
+    for step in range(version, SCHEMA_VERSION):
+        _execute_all(connection, MIGRATIONS[step])
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
+def _execute_all(connection: sqlite3.Connection, script: str) -> None:
+    """Run statements in the transaction under way, which `executescript` would end."""
+    for statement in filter(str.strip, script.split(";")):
+        connection.execute(statement)
 
 
 def _explain(path: str, error: sqlite3.Error) -> str:

@@ -5,7 +5,8 @@ answered with: it is given a function for that. A connection that asks for /runn
 server on the loop.
 
     accept ─▶ peek ─┬─▶ /runner: RunnerListener ─▶ websockets
-                    └─▶ parse_head ─▶ Access.check ─▶ body ─▶ answer ─▶ response, and the next request
+               ▲    └─▶ parse_head ─▶ Access.check ─▶ body ─▶ answer ─▶ response ─┐
+               └──────────────────────────────────────────────────────────────────┘
 """
 
 from __future__ import annotations
@@ -16,15 +17,14 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 import queue
 import re
 import socket
 import socketserver
-import struct
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -34,15 +34,20 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 MAX_CONNECTIONS = 1_024
+SPARE_THREADS = 256  # for connections that were evicted and have not noticed yet
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 8 * 1024 * 1024
 IDLE_SECONDS = 30
 HEAD_SECONDS = 10
 BODY_SECONDS = 30
+SEND_SECONDS = 30
 LINGER_SECONDS = 1
+CHECK_SECONDS = 0.25
 RUNNER_START = re.compile(rb"GET /runner[? ]")
 UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
+
+Place = tuple[float, float]  # from when a connection may be evicted (0 where it waits for a request), its deadline
 
 log = logging.getLogger("server")
 
@@ -68,6 +73,7 @@ class Request:
     keep_alive: bool
     content_length: int
     body: bytes = b""
+    caller_is_gone: Callable[[], bool] = bool  # a long answer may ask it now and then, and end early
 
     @property
     def path(self) -> str:
@@ -141,11 +147,12 @@ def _check_framing(method: str, target: str, http_1_1: bool, headers: dict[str, 
     return Request(method, target, headers, http_1_1, keep_alive, int(length))
 
 
-class Front(ThreadingHTTPServer):
-    """Accepts connections; a thread each, at most MAX_CONNECTIONS.
+class HttpServer(ThreadingHTTPServer):
+    """Accepts connections and gives each a thread; the accept loop never waits for a connection.
 
-    At the cap, the connection that has waited longest for a whole request gives up its place, so that slow and idle
-    ones can't keep a quick one out.
+    `places` is the one table of connections: from when each may be evicted, and until when it may wait. Entries are
+    in the order in which the waits began. A connection that is no longer in it was evicted. Each entry is changed by
+    popping it, which is atomic, so that a request is either answered or evicted, never both.
     """
 
     daemon_threads = True
@@ -156,38 +163,53 @@ class Front(ThreadingHTTPServer):
     ) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.answer, self.runner, self.access = answer, runner, access
-        self.waiting: OrderedDict[socket.socket, None] = OrderedDict()
-        self.open = threading.Semaphore(MAX_CONNECTIONS)
-        super().__init__(address, Connection)
+        self.places: dict[HttpConnection, Place] = {}
+        self.threads = threading.Semaphore(MAX_CONNECTIONS + SPARE_THREADS)
+        self.next_check = 0.0
+        super().__init__(address, HttpConnection)
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # without HTTPServer's look-up of the host's name
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        if not self.open.acquire(blocking=False):
-            self._make_room()
-            if not self.open.acquire(timeout=1):
+        if len(self.places) >= MAX_CONNECTIONS:
+            self._evict_one()
+        if not self.threads.acquire(blocking=False):
+            with contextlib.suppress(OSError):
                 request.sendall(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
-                self.shutdown_request(request)
-                return
+            self.shutdown_request(request)
+            return
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # no thread to be had
-            self.open.release()
+            self.threads.release()
             self.shutdown_request(request)
 
-    def _make_room(self) -> None:
-        while self.waiting:
-            with contextlib.suppress(KeyError, OSError):
-                longest, _ = self.waiting.popitem(last=False)
-                longest.shutdown(socket.SHUT_RDWR)
-                return
+    def _evict_one(self) -> None:
+        """End the longest wait for a request, or else the oldest answer that has taken over a second."""
+        now = time.monotonic()
+        longest, (evictable_from, _) = min(
+            list(self.places.items()), key=lambda item: item[1][0], default=(None, (now, now))
+        )
+        if longest and evictable_from < now and self.places.pop(longest, None):
+            longest.shut(socket.SHUT_RDWR)
+
+    def service_actions(self) -> None:
+        """End the waits that are past their deadline. Called by serve_forever after each accept and each poll."""
+        now = time.monotonic()
+        if now < self.next_check:
+            return
+        self.next_check = now + CHECK_SECONDS
+        for connection, place in list(self.places.items()):
+            if place[1] < now and self.places.get(connection) is place:
+                # Shut for reading only, a late request can still be answered with 408.
+                connection.shut(socket.SHUT_RDWR if place[0] else socket.SHUT_RD)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.open.release()
+            self.threads.release()
 
     def shutdown_request(self, request: Any) -> None:
         if request.fileno() >= 0:  # else the loop has it now
@@ -199,161 +221,157 @@ class Front(ThreadingHTTPServer):
             log.error("internal error", exc_info=error)
 
 
-class Connection(BaseHTTPRequestHandler):
-    """One connection: its requests, one after another, until either side ends it."""
+class HttpConnection(BaseHTTPRequestHandler):
+    """One connection: its requests, one after another, until either side ends it.
 
-    server: Front
+    Nothing is read beyond the request being served: heads are peeked at, so any request can be handed over unread.
+    """
+
+    server: HttpServer
     connection: socket.socket
+    rbufsize = 0
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
-        self.connection = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.received = bytearray()
-        self.patience = 0.0
-        self._wait_at_most(IDLE_SECONDS)
+        super().setup()
+        self.server.places[self] = (0.0, time.monotonic() + IDLE_SECONDS)
 
     def finish(self) -> None:
-        self.server.waiting.pop(self.connection, None)
+        self.server.places.pop(self, None)
+        super().finish()
+
+    def shut(self, how: int) -> None:
+        """End a wait from another thread: its system call returns at once."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(how)
 
     def handle(self) -> None:
-        if self._is_for_runner():
-            self.server.runner.hand_over(self.connection)
-            return
-        with contextlib.suppress(OSError):  # it went away, or was too slow
-            while self._serve_request():
-                pass
+        with contextlib.suppress(OSError):  # it went away, or was evicted
+            super().handle()
 
-    def _wait_at_most(self, seconds: float) -> None:
-        """Have the kernel bound each wait; Python's own timeout would cost a poll before each call."""
-        if seconds != self.patience:
-            self.patience = seconds
-            limit = struct.pack("ll", int(seconds), int(seconds % 1 * 1e6))
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-
-    def _is_for_runner(self) -> bool:
-        """Look at the first request without taking it: is it a WebSocket's opening handshake for /runner?"""
-        self.server.waiting[self.connection] = None
-        head, deadline = self._peek(IDLE_SECONDS, 1), time.monotonic() + HEAD_SECONDS
-        if not RUNNER_START.match(head):
-            return False
-        while b"\r\n\r\n" not in head and len(head) < MAX_HEAD_BYTES:
-            more = self._peek(deadline - time.monotonic(), len(head) + 1)
-            if len(more) <= len(head):
-                break
-            head = more
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
-        return bool(UPGRADE_HEADER.search(head)) and self._stays()
-
-    def _peek(self, seconds: float, at_least: int) -> bytes:
-        """Give what has come once it is `at_least` so many bytes; b"" where it does not in time."""
+    def handle_one_request(self) -> None:
+        self.close_connection, request = True, None
         try:
-            self._wait_at_most(max(seconds, 0.001))
-            if at_least > 1:
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, at_least)
-            return self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
-        except OSError:
-            return b""
-
-    def _stays(self) -> bool:
-        """End the wait for a request; False where this connection had to give up its place."""
-        return self.server.waiting.pop(self.connection, True) is None
-
-    def _serve_request(self) -> bool:
-        request = None
-        try:
-            head = self._read_head()
-            if head is None:
-                return False
+            head = self._peek_head()
+            if head is None or self._hand_over(head):
+                return
+            self.rfile.read(len(head) + 4)
             request = parse_head(head)
             self.server.access.check(request)
             request.body = self._read_body(request)
-            if not self._stays():
-                return False
+            self._wait_until(math.inf, time.monotonic() + 1)
+            request.caller_is_gone = self._caller_is_gone
             response = self.server.answer(request)
         except BadFraming as error:
-            self._respond(problem(error), close=True)
+            self._respond(problem(error))
             self._linger()
-            return False
+            return
         except ApiError as error:
             response = problem(error)
-        close = not request or not request.keep_alive or len(request.body) < request.content_length
-        self._respond(response, close, request)
-        if close and request and len(request.body) < request.content_length:
+        unread = not request or len(request.body) < request.content_length
+        self.close_connection = not request or not request.keep_alive or unread
+        self._respond(response, request)
+        if unread:
             self._linger()
-        return not close
 
-    def _read_head(self) -> bytes | None:
-        """Give the next request's head; None where the client has gone, or was idle for too long."""
-        self.server.waiting[self.connection] = None
-        deadline = None
-        while (end := self.received.find(b"\r\n\r\n")) < 0:
-            if len(self.received) > MAX_HEAD_BYTES:
-                raise BadFraming(
-                    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes"
-                )
-            if self.received and deadline is None:
-                deadline = time.monotonic() + HEAD_SECONDS
-            if not self._receive_more(deadline):
-                if self.received.strip():
-                    raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time, or not whole")
-                return None
-        head = bytes(self.received[:end])
-        del self.received[: end + 4]
-        return head
+    def _wait_until(self, until: float, evictable_from: float = 0.0) -> None:
+        """Begin the next wait. Raises ConnectionAbortedError where this connection was evicted."""
+        if not self.server.places.pop(self, None):
+            raise ConnectionAbortedError
+        self.server.places[self] = (evictable_from, until)
+
+    def _peek_head(self) -> bytes | None:
+        """Wait for a request's head and leave it unread; None where the client has gone or was idle for too long.
+
+        Raises BadFraming where it is too long or too slow.
+        """
+        self._wait_until(time.monotonic() + IDLE_SECONDS)
+        seen = self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
+        end = seen.find(b"\r\n\r\n")
+        if end < 0 and seen:
+            self._wait_until(time.monotonic() + HEAD_SECONDS)
+            seen = self._peek_further(seen)
+            end = seen.find(b"\r\n\r\n")
+        if end < 0 and len(seen) >= MAX_HEAD_BYTES:
+            raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"the head may have {MAX_HEAD_BYTES} bytes")
+        if end < 0 and seen.strip():
+            raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the head did not come in time, or not whole")
+        return seen[:end] if end >= 0 else None
+
+    def _peek_further(self, seen: bytes) -> bytes:
+        """Peek until the head is whole, too long, or no more comes. The kernel wakes us only when there is more."""
+        while b"\r\n\r\n" not in seen and len(seen) < MAX_HEAD_BYTES:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, len(seen) + 1)
+            more = self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
+            if len(more) <= len(seen):
+                break
+            seen = more
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+        return seen
+
+    def _hand_over(self, head: bytes) -> bool:
+        """Give the connection to the websockets server if this is an opening handshake for /runner."""
+        if not RUNNER_START.match(head) or not UPGRADE_HEADER.search(head + b"\r\n"):
+            return False
+        if self.server.places.pop(self, None):
+            self.server.runner.hand_over(self.connection)
+        return True
 
     def _read_body(self, request: Request) -> bytes:
-        if request.content_length > len(self.received) and "expect" in request.headers:
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_SECONDS
-        while len(self.received) < request.content_length:
-            if not self._receive_more(deadline):
-                raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
-        body = bytes(self.received[: request.content_length])
-        del self.received[: request.content_length]
-        return body
+        if not request.content_length:
+            return b""
+        self._wait_until(time.monotonic() + BODY_SECONDS)
+        if "expect" in request.headers:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = bytearray()
+        while more := self.rfile.read(min(request.content_length - len(body), 65536)):
+            body += more
+        if len(body) < request.content_length:
+            raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
+        return bytes(body)
 
-    def _receive_more(self, deadline: float | None) -> bool:
-        left = IDLE_SECONDS if deadline is None else deadline - time.monotonic()
-        if left <= 0:
-            return False
-        self._wait_at_most(left)
-        try:
-            more = self.connection.recv(65536)
-        except BlockingIOError:
-            return False
-        self.received += more
-        return bool(more)
-
-    def _respond(self, response: Response, close: bool, request: Request | None = None) -> None:
-        self._wait_at_most(IDLE_SECONDS)
+    def _respond(self, response: Response, request: Request | None = None) -> None:
+        now = time.monotonic()
         with_body = not request or request.method != "HEAD"
         if isinstance(response.body, bytes):
-            head = response.head(close, f"Content-Length: {len(response.body)}\r\n")
-            self.connection.sendall(head + response.body if with_body else head)
+            head = response.head(self.close_connection, f"Content-Length: {len(response.body)}\r\n")
+            self._wait_until(now + SEND_SECONDS, now + 1)
+            self.wfile.write(head + response.body if with_body else head)
             return
         chunked = not request or request.http_1_1
-        self.connection.sendall(response.head(close, "Transfer-Encoding: chunked\r\n" * chunked))
+        self._send(response.head(self.close_connection, "Transfer-Encoding: chunked\r\n" * chunked), now + 1)
         if with_body:
-            for piece in response.body:
-                if piece:
-                    self.connection.sendall(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-                elif self._client_is_gone():
-                    raise ConnectionAbortedError
-            self.connection.sendall(b"0\r\n\r\n" * chunked)
+            self._stream(response.body, chunked, now + 1)
 
-    def _client_is_gone(self) -> bool:
+    def _stream(self, body: Iterator[bytes], chunked: bool, evictable_from: float) -> None:
+        for piece in body:
+            if piece:
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece, evictable_from)
+            elif self._caller_is_gone():
+                raise ConnectionAbortedError
+        if chunked:
+            self._send(b"0\r\n\r\n", evictable_from)
+
+    def _send(self, data: bytes, evictable_from: float) -> None:
+        """Send a piece of a streamed answer; the reader has SEND_SECONDS to take it, the next may take for ever."""
+        self._wait_until(time.monotonic() + SEND_SECONDS, evictable_from)
+        self.wfile.write(data)
+        self._wait_until(math.inf, evictable_from)
+
+    def _caller_is_gone(self) -> bool:
+        """Whether the caller of the request being answered has hung up, or was evicted."""
         try:
-            return not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return self not in self.server.places or not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return False
 
     def _linger(self) -> None:
         """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        deadline = time.monotonic() + LINGER_SECONDS
-        while self._receive_more(deadline) and len(self.received) < MAX_BODY_BYTES:
-            self.received.clear()
+        self._wait_until(time.monotonic() + LINGER_SECONDS)
+        left = MAX_BODY_BYTES
+        while left > 0 and (more := self.rfile.read(65536)):
+            left -= len(more)
 
 
 class RunnerListener(socket.socket):
@@ -371,6 +389,10 @@ class RunnerListener(socket.socket):
         """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
         self._handed_over.put(socket.socket(fileno=connection.detach()))
         self._bell.send(b"!")
+
+    def close(self) -> None:
+        self._bell.close()
+        super().close()
 
     def listen(self, backlog: int = 0, /) -> None:
         """Do nothing: there is nothing to bind or to listen to."""

@@ -26,7 +26,7 @@ from playwright.sync_api import (
     sync_playwright,
 )
 
-from test_jobworker import ROOT, Server, Stage, until
+from tests.stage import ROOT, Server, Stage, until
 
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
 CHROMIUM_SWITCHES = [

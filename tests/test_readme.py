@@ -9,7 +9,7 @@ import pytest
 
 from jobworker import api as api_module
 from jobworker import config
-from test_jobworker import ROOT, Stage
+from tests.stage import ROOT, Stage
 
 README = (ROOT / "README.md").read_text()
 
@@ -31,7 +31,7 @@ class TestReadme:
         assert [key for key in config.JOB_KEYS if f"`{key}`" not in README] == []
 
     def test_it_names_every_route(self) -> None:
-        paths = {pattern.pattern.replace("([^/]+)", "ID") for _, pattern, _ in api_module.ROUTES}
+        paths = {re.sub(r"\{\w+\}", "ID", route.path) for route in api_module.ROUTES}
         assert [path for path in paths if f"{path}`" not in README and f"{path}`," not in README] == []
 
     @pytest.mark.parametrize("program", ["server.py", "client.py"])

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from test_jobworker import ROOT
+from tests.stage import ROOT
 
 
 def run(*command: str) -> str:

@@ -1,9 +1,8 @@
-"""Thousands of random histories of the store against a simple model of it, looked at after every step."""
+"""Thousands of random histories of the state against a simple model of it, looked at after every step."""
 
 import random
 import re
 import shutil
-import sqlite3
 import tempfile
 import uuid
 from collections import Counter
@@ -16,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
+from jobworker import logs
 from jobworker import state as state_module
-from jobworker import store as store_module
-from jobworker.state import Conflict, NewJob, Offer
+from jobworker.state import Arrival, FreeSlots, Key, NewJob
 from jobworker.store import Store
 
 RETRIES = {"once": 0, "again": 2, "alone": 0}
@@ -31,6 +30,7 @@ EDGES = {  # section 2 of the design
     ("assigned", "queued"),
     ("running", "queued"),
     ("queued", "cancelled"),
+    ("queued", "failure"),
     ("assigned", "cancelled"),
     ("running", "cancelled"),
 }
@@ -50,7 +50,6 @@ class Model:
     name: str
     priority: int
     not_before: float | None
-    key: str | None
     state: str = "queued"
     attempt: int = 0
     failures: int = 0
@@ -98,6 +97,10 @@ class Model:
             self.end_attempt(now, None, "lost")
 
 
+def arrival(name: str, held: Any = (), since: float = 0.0) -> Arrival:
+    return Arrival(name, 2, 1, (), "127.0.0.1:5", "0", since, tuple(held))
+
+
 class StoreHistories(RuleBasedStateMachine):
     workers_seen = Bundle("workers_seen")
     attempts_seen = Bundle("attempts_seen")  # (worker, job, attempt), as a worker would name it; most go stale
@@ -107,8 +110,10 @@ class StoreHistories(RuleBasedStateMachine):
         self.folder = Path(
             tempfile.mkdtemp(prefix="store-state-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         )
-        self.store = Store(str(self.folder / "jobs.db"))
+        self.store = Store(str(self.folder / "jobs.db"), chance=random.Random(0)).start()
         self.now = 1_000.0
+        self.since: dict[int, float] = {}
+        self.requests: dict[str, tuple[str, list[int]]] = {}
         self.jobs: dict[int, Model] = {}
         self.last_id = 0
         self.connected: dict[int, str] = {}
@@ -116,8 +121,8 @@ class StoreHistories(RuleBasedStateMachine):
         self.expected: set[int] = set()
         self.before: dict[int, tuple[str, int, Any]] = {}
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(store_module, "LOG_HEAD_BYTES", 24)
-        self.patch.setattr(store_module, "LOG_TAIL_BYTES", 24)
+        self.patch.setattr(logs, "LOG_HEAD_BYTES", 24)
+        self.patch.setattr(logs, "LOG_TAIL_BYTES", 24)
 
     def teardown(self) -> None:
         self.store.close()
@@ -125,7 +130,14 @@ class StoreHistories(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
     def do(self, function: Any, *args: Any) -> Any:
-        return self.store.do(function, *args).result(10)
+        self.orders: list[Any] = []
+
+        def note_orders(db: state_module.Database) -> Any:
+            result = function(db, *args)
+            self.orders = [tuple(order) for order in db.notes.orders]
+            return result
+
+        return self.store.do(note_orders).result(10)
 
     @initialize(target=attempts_seen)
     def two_workers_with_a_job_each(self) -> Any:
@@ -147,30 +159,38 @@ class StoreHistories(RuleBasedStateMachine):
                 name=st.sampled_from(sorted(RETRIES)),
                 priority=st.integers(-1, 1),
                 delay=st.sampled_from([0, 0, 0, 5]),
-                idempotency_key=st.none() | st.sampled_from("kl"),
             ),
             max_size=4,
-            unique_by=lambda job: job.idempotency_key or object(),
-        )
+        ),
+        key=st.none() | st.builds(Key, st.sampled_from("kl"), st.sampled_from("xy")),
     )
-    def add(self, jobs: list[NewJob]) -> None:
-        expected: list[int] = []
-        added: dict[int, Model] = {}
-        for job in jobs:
-            every = [*self.jobs.values(), *added.values()]
-            known = next((m for m in every if m.key is not None and m.key == job.idempotency_key), None)
-            if known and known.name != job.name:
-                with pytest.raises(Conflict):
-                    self.do(state_module.add, jobs, self.now)
-                return
-            if not known:
-                due = self.now + job.delay if job.delay else None
-                known = Model(self.last_id + len(added) + 1, job.name, job.priority, due, job.idempotency_key)
-                added[known.id] = known
-            expected.append(known.id)
-        assert self.do(state_module.add, jobs, self.now) == expected
-        self.jobs |= added
-        self.last_id += len(added)
+    def add(self, jobs: list[NewJob], key: Key | None = None) -> None:
+        known = self.requests.get(key.text) if key else None
+        added = self.do(state_module.add, jobs, self.now, True, key)
+        if known and key and known[0] != key.content:
+            assert added.kind == "conflict"
+            return
+        if known:
+            assert added == known[1]
+            return
+        assert added == list(range(self.last_id + 1, self.last_id + 1 + len(jobs)))
+        for id_, job in zip(added, jobs, strict=True):
+            due = self.now + job.delay if job.delay else None
+            self.jobs[id_] = Model(id_, job.name, job.priority, due)
+        self.last_id += len(jobs)
+        if key:
+            self.requests[key.text] = (key.content, added)
+
+    @rule(names=st.sets(st.sampled_from(sorted(RETRIES)), min_size=1), limit=st.integers(1, 3))
+    def reload_without_some(self, names: set[str], limit: int) -> None:
+        gone = [job for job in self.jobs.values() if job.state == "queued" and job.name not in names]
+        count = self.do(state_module.end_gone, frozenset(names), self.now, limit)
+        assert count == min(limit, len(gone))
+        ended = [job for job in gone if self.do(state_module.get, job.id)["state"] == "failure"]
+        assert len(ended) == count
+        for job in ended:
+            job.not_before = None
+            job.finish("failure", self.now, None, "gone")
 
     @rule(count=st.integers(1, 4), bad=st.integers(0, 3))
     def add_many_at_once_with_one_that_fails(self, count: int, bad: int) -> None:
@@ -186,23 +206,23 @@ class StoreHistories(RuleBasedStateMachine):
         for future in futures:
             self.last_id += 1
             assert future.result(10) == [self.last_id]
-            self.jobs[self.last_id] = Model(self.last_id, "once", 0, None, None)
+            self.jobs[self.last_id] = Model(self.last_id, "once", 0, None)
         if bad < count:
             assert isinstance(failing.exception(10), ZeroDivisionError)
 
     @rule(pick=st.integers(0, 10**6))
     def cancel(self, pick: int) -> None:
         if not self.jobs:
-            with pytest.raises(KeyError):
-                self.do(state_module.cancel, 1 + self.last_id, self.now)
+            assert self.do(state_module.cancel, 1 + self.last_id, self.now).kind == "unknown"
             return
         job = list(self.jobs.values())[pick % len(self.jobs)]
         if job.state in FINAL:
-            with pytest.raises(Conflict):
-                self.do(state_module.cancel, job.id, self.now)
+            assert self.do(state_module.cancel, job.id, self.now).kind == "conflict"
             return
         row = self.do(state_module.cancel, job.id, self.now)
-        assert (row["state"], row["attempt"], row["worker"]) == (job.state, job.attempt, job.worker)
+        order = (job.worker, job.id, job.attempt, job.state == "running")
+        assert self.orders == ([order] if job.worker else [])
+        assert (row["attempt"], row["worker"]) == (job.attempt, job.worker)
         if job.state == "running":
             job.cancelling = True
         else:
@@ -224,7 +244,9 @@ class StoreHistories(RuleBasedStateMachine):
             else [(m.id, m.attempt, m.state) for m in self.jobs.values() if m.worker and self.names[m.worker] == name]
         )
         says = [*((job, attempt, "running") for _, job, attempt in held), *own]
-        worker, wanted = self.do(state_module.attach, name, says, self.now, retry_delay)
+        since = float(len(self.since) + max(self.since.values(), default=0.0) + 1)
+        worker, wanted = self.do(state_module.attach, arrival(name, says, since), self.now, retry_delay)
+        self.since[worker] = since
         pairs = {(job, attempt) for job, attempt, _ in says}
         expected = set()
         for job in self.jobs.values():
@@ -240,11 +262,16 @@ class StoreHistories(RuleBasedStateMachine):
         return int(worker)
 
     @rule(worker=workers_seen | st.integers(1, 2))
+    def disconnect_late(self, worker: int) -> None:
+        """The end of a connection that a newer one has replaced changes nothing."""
+        assert self.do(state_module.detach, worker, self.since[worker] - 0.5) == 0
+
+    @rule(worker=workers_seen | st.integers(1, 2))
     def disconnect(self, worker: int) -> None:
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
         running = sum(job.state == "running" for job in mine)
-        assert self.do(state_module.detach, worker) == running
+        assert self.do(state_module.detach, worker, self.since[worker]) == running
         for job in mine:
             if job.state == "assigned":
                 job.requeue(None)
@@ -265,7 +292,7 @@ class StoreHistories(RuleBasedStateMachine):
         names=st.lists(st.sets(st.sampled_from(sorted(RETRIES)), min_size=1), min_size=3, max_size=3),
     )
     def claim(self, free: list[int], names: list[set[str]]) -> Any:
-        offers = [Offer(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
+        offers = [FreeSlots(w, n, frozenset(t)) for w, n, t in zip(self.connected, free, names, strict=False)]
         ready = [job for job in self.jobs.values() if job.state == "queued" and job.not_before is None]
         claimed = self.do(state_module.claim, offers, LIMITS)
         by_worker = {offer.worker: offer for offer in offers}
@@ -334,7 +361,7 @@ class StoreHistories(RuleBasedStateMachine):
         offset = max(0, have + jump)
         whole = random.Random(f"{number} {attempt}").randbytes(2000)
         data = whole[offset : offset + size]
-        kept = self.do(state_module.append_log, worker, number, attempt, offset, data)
+        kept = self.do(logs.append_log, worker, number, attempt, offset, data)
         if job is None or not job.holds(worker, attempt, "running"):
             assert kept is None
             return
@@ -355,9 +382,17 @@ class StoreHistories(RuleBasedStateMachine):
         for job in due:
             job.not_before = None
 
-    @rule(seconds=st.sampled_from([0.5, 3600]))
-    def the_clock_jumps_back(self, seconds: float) -> None:
-        self.now -= seconds
+    @rule(seconds=st.sampled_from([-0.5, -3600, 3600]))
+    def the_clock_jumps(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
+    def the_clock_is_seen_to_jump(self, seconds: float) -> None:
+        self.now += seconds
+        self.do(state_module.shift_delays, seconds)
+        for job in self.jobs.values():
+            if job.not_before is not None:
+                job.not_before += seconds
 
     @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
     def prune(self, age: float, limit: int) -> None:
@@ -373,20 +408,35 @@ class StoreHistories(RuleBasedStateMachine):
             assert all(job.finished_at <= end for end in kept_ends)  # type: ignore[operator]
             assert self.do(state_module.attempts, job.id) == []
             for attempt in range(1, job.attempt + 1):
-                assert self.do(state_module.read_log, job.id, attempt, 0) == []
+                assert self.do(logs.read_log, job.id, attempt, 0) == []
             del self.jobs[job.id]
+            self.requests = {key: it for key, it in self.requests.items() if it[1][:1] != [job.id]}
             self.before.pop(job.id, None)
 
     @rule()
     def restart(self) -> None:
-        identity, counts = self.store.server_id, self.store.counts
+        identity, counts = self.store.server_id, self.counts()
         self.store.close()
-        self.store = Store(str(self.folder / "jobs.db"))
+        self.store = Store(str(self.folder / "jobs.db"), chance=random.Random(0)).start()
         self.connected.clear()
-        assert (self.store.server_id, self.store.counts) == (identity, counts)
-        assert dict(self.do(state_module.expected_workers)) == {worker: self.names[worker] for worker in self.expected}
+        assert (self.store.server_id, self.counts()) == (identity, counts)
+        may_come_back = {(worker, self.names[worker], 2) for worker in self.expected}
+        assert set(self.do(state_module.resume)) == may_come_back
+
+    def counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
+        return counts
 
     # what must hold after every step
+
+    @invariant()
+    def the_workers_are_known(self) -> None:
+        found = {row["id"]: (row["name"], jobs) for row, jobs in self.do(state_module.workers) if row["connected"]}
+        active = [job for job in self.jobs.values() if job.state in ACTIVE]
+        assert found == {
+            worker: (name, sorted(job.id for job in active if job.worker == worker))
+            for worker, name in self.connected.items()
+        }
 
     @invariant()
     def rows_equal_the_model(self) -> None:
@@ -411,7 +461,7 @@ class StoreHistories(RuleBasedStateMachine):
             assert bool(row["cancelling"]) == job.cancelling
             kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(state_module.attempts, job.id)]
             assert kept == job.kept
-        assert self.store.counts == {
+        assert self.counts() == {
             state: sum(j.state == state for j in self.jobs.values()) for state in state_module.STATES
         }
         self.promises(rows)
@@ -435,7 +485,7 @@ class StoreHistories(RuleBasedStateMachine):
             self.before[number] = state, attempt, whole
         for name, limit in LIMITS.items():
             assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
-            assert self.do(state_module.count_active, name) <= limit
+            assert self.do(state_module.what_waits_for, [name])[1][name] <= limit
 
     @invariant()
     def logs_hold_head_and_tail(self) -> None:
@@ -443,7 +493,7 @@ class StoreHistories(RuleBasedStateMachine):
             for attempt, wanted in job.logs.items():
                 got: dict[int, bytes] = {}
                 offset = 0
-                while pieces := self.do(state_module.read_log, job.id, attempt, offset):
+                while pieces := self.do(logs.read_log, job.id, attempt, offset):
                     for start, data in pieces:
                         assert start >= offset
                         got |= {start + n: data[n : n + 1] for n in range(len(data))}
@@ -494,61 +544,22 @@ def edges_of_the_picture() -> set[tuple[str, str]]:
             edges.add((above(line, f"├───── {label}"), target))
         if re.search("─ (requeue|retry)", line):
             edges.add((above(line, "┘"), "queued"))
+        if '"gone"' in line:
+            edges.add(("queued", "failure"))
         if "DELETE" in line:
             edges |= {(state, "cancelled") for state in re.findall("queued|assigned|running", line.partition("──")[0])}
     return edges
-
-
-class TestDurability:
-    """A commit is on disk before anyone sees its result."""
-
-    def test_each_commit_is_synced(self, tmp_path: Path) -> None:
-        connection = store_module._open(str(tmp_path / "jobs.db")).connection
-        settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
-        connection.close()
-        assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
-
-
-class TestGroups:
-    """What shares a transaction with a function that fails loses nothing by it."""
-
-    def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
-        (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
-
-        def news_then_fail(db: state_module.Database) -> None:
-            state_module.news(db)
-            raise KeyError
-
-        with pytest.raises(KeyError):
-            store.do(news_then_fail).result()
-        assert store.do(state_module.news).result() == ({job}, 0.0)
-        assert store.do(state_module.news).result() == (set(), 0.0)
-        store.close()
-
-    def test_a_database_that_failed_takes_nothing_more(self, tmp_path: Path) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
-
-        def fail(_db: state_module.Database) -> None:
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
-            raise error
-
-        for function in (fail, state_module.probe):
-            with pytest.raises(store_module.StoreError):
-                store.do(function, *[0.0] * (function is state_module.probe)).result()
-        assert store.broken
-        store.close()
 
 
 class TestClaim:
     """Who gets a job: the worker with the most free slots that may take it; among equals, chance decides."""
 
     def claim(self, tmp_path: Path, free: list[int], names: list[str]) -> list[int]:
-        store = Store(str(tmp_path / f"{uuid.uuid4()}.db"))
-        workers = [store.do(state_module.attach, f"w{n}", (), 0.0, retry_delay).result()[0] for n in range(len(free))]
+        store = Store(str(tmp_path / f"{uuid.uuid4()}.db")).start()
+        arrivals = [arrival(f"w{n}") for n in range(len(free))]
+        workers = [store.do(state_module.attach, each, 0.0, retry_delay).result()[0] for each in arrivals]
         store.do(state_module.add, [NewJob("once")] * 6, 0.0).result()
-        offers = [Offer(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
+        offers = [FreeSlots(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
         claimed = store.do(state_module.claim, offers, {}).result()
         store.close()
         return [workers.index(it.worker) for it in claimed]
@@ -570,14 +581,14 @@ class TestLogTail:
 
     @pytest.mark.parametrize(("lines", "offset"), [(0, 8), (1, 6), (2, 3), (3, 0), (9, 0)])
     def test_it_counts_from_the_end(self, tmp_path: Path, lines: int, offset: int) -> None:
-        store = Store(str(tmp_path / "jobs.db"))
-        worker, _ = store.do(state_module.attach, "w", (), 0.0, retry_delay).result()
+        store = Store(str(tmp_path / "jobs.db")).start()
+        worker, _ = store.do(state_module.attach, arrival("w"), 0.0, retry_delay).result()
         (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
-        store.do(state_module.claim, [Offer(worker, 1, frozenset({"once"}))], {}).result()
+        store.do(state_module.claim, [FreeSlots(worker, 1, frozenset({"once"}))], {}).result()
         store.do(state_module.start, worker, job, 1, 0.0).result()
         for start, data in ((0, b"ab\ncd"), (5, b"\nef")):
-            store.do(state_module.append_log, worker, job, 1, start, data).result()
-        assert store.do(state_module.tail_offset, job, 1, lines).result() == offset
+            store.do(logs.append_log, worker, job, 1, start, data).result()
+        assert store.do(logs.tail_offset, job, 1, lines).result() == offset
         store.close()
 
 
@@ -585,18 +596,18 @@ class TestLogLimit:
     """The head and the tail of a log are kept."""
 
     def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(self, tmp_path: Path) -> None:
-        jobs = Store(str(tmp_path / "jobs.db"))
+        jobs = Store(str(tmp_path / "jobs.db")).start()
         jobs.do(state_module.add, [state_module.NewJob("a")], 1.0).result()
-        worker, _ = jobs.do(state_module.attach, "w", [], 1.0, lambda *_: None).result()
-        jobs.do(state_module.claim, [state_module.Offer(worker, 1, frozenset("a"))], {}).result()
+        worker, _ = jobs.do(state_module.attach, arrival("w"), 1.0, lambda *_: None).result()
+        jobs.do(state_module.claim, [FreeSlots(worker, 1, frozenset("a"))], {}).result()
         assert jobs.do(state_module.start, worker, 1, 1, 1.0).result()
         piece = 65536
         for number in range(40):
-            jobs.do(state_module.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
+            jobs.do(logs.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
         kept, offset = b"", 0
-        while pieces := jobs.do(state_module.read_log, 1, 1, offset).result():
+        while pieces := jobs.do(logs.read_log, 1, 1, offset).result():
             offset = pieces[-1][0] + len(pieces[-1][1])
             kept += b"".join(data for _start, data in pieces)
-        assert len(kept) <= state_module.LOG_HEAD_BYTES + state_module.LOG_TAIL_BYTES + piece
+        assert len(kept) <= logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES + piece
         assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), 40 * piece)
         jobs.close()

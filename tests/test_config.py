@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jobworker import config
 from jobworker.config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
-from jobworker.container import FLAGS, Command, docker_run_command
 
 LOADERS = sorted({config.YAML_LOADER, yaml.SafeLoader}, key=str)
 EXAMPLE = Path(config.__file__).parent.parent / "jobs.yaml"
@@ -52,11 +51,6 @@ def job_of(keys: str, tmp_path: Path) -> JobConfig:
     """One job whose further keys are the given lines."""
     lines = "".join(f"  {line}\n" for line in keys.split("\n"))
     return jobs_of("- name: job\n  image: busybox\n" + lines, tmp_path)[0]
-
-
-def command_of(config: dict[str, Any], environment: dict[str, str] | None = None, version: int = 2) -> Command:
-    entry = {"name": "job", "image": "busybox"} | config
-    return docker_run_command(entry, "jobworker-s-7-1", {"jobworker.job": "7"}, environment or {}, version)
 
 
 @pytest.fixture(params=LOADERS, ids=lambda loader: loader.__name__)
@@ -518,134 +512,3 @@ class TestDuration:
     def test_anything_else_is_an_error(self, text: str) -> None:
         with pytest.raises(ValueError, match="is not a duration such as"):
             parse_duration(text)
-
-
-class TestDockerRunArguments:
-    def test_a_job_without_keys_is_run_with_what_every_job_has(self) -> None:
-        command = command_of({"command": None})
-        assert " ".join(command.arguments) == (
-            "run --pull never --name jobworker-s-7-1 --log-driver json-file --log-opt max-size=10m --log-opt max-file=3"
-            " --label jobworker.job=7 -- busybox"
-        )
-        assert (command.variables, command.stdin) == ({}, "")
-
-    @pytest.mark.parametrize(
-        ("keys", "flags"),
-        [
-            ("volumes: [/a:/b, c:/d:ro]", ["--volume", "/a:/b", "--volume", "c:/d:ro"]),
-            ("working_dir: /srv", ["--workdir", "/srv"]),
-            ("user: 'nobody:nogroup'", ["--user", "nobody:nogroup"]),
-            ("network_mode: none", ["--network", "none"]),
-            ("mem_limit: 512m", ["--memory", "512m"]),
-            ("cpus: 0.5", ["--cpus", "0.5"]),
-            ("pids_limit: 64", ["--pids-limit", "64"]),
-            ("platform: linux/amd64", ["--platform", "linux/amd64"]),
-            ("init: true", ["--init"]),
-            ("init: false", []),
-            ("labels: {a: b, c: }", ["--label", "a=b", "--label", "c="]),
-            ("stop_grace_period: 1m30s", ["--stop-timeout", "90"]),
-            ("stop_grace_period: 0", ["--stop-timeout", "0"]),
-            ("options: --cap-drop ALL", ["--cap-drop=ALL"]),
-            ("entrypoint: /bin/sh", ["--entrypoint", "/bin/sh"]),
-            ("entrypoint: ''", ["--entrypoint", ""]),
-            ("entrypoint: []", ["--entrypoint", ""]),
-            ("pull_policy: always\npull_timeout: 5\ntimeout: 5", []),
-            ("retries: 1\nretry_delay: 5\nconcurrency: 1\ntags: [a]\npriority: 1\nparameters: {A: }", []),
-        ],
-    )  # fmt: skip
-    def test_each_key_has_its_option(self, keys: str, flags: list[str], tmp_path: Path) -> None:
-        wire = json.loads(json.dumps(job_of(keys, tmp_path).to_wire()))
-        plain = command_of({}).arguments
-        assert command_of(wire).arguments == [*plain[:-2], *flags, *plain[-2:]]
-
-    def test_every_key_of_the_configuration_has_an_option_or_is_seen_to_elsewhere(self) -> None:
-        here = {"name", "image", "command", "entrypoint", "environment", "options"}
-        worker = {"pull_policy", "pull_timeout", "timeout"}
-        server = {"retries", "retry_delay", "concurrency", "tags", "priority", "parameters"}
-        assert FLAGS.keys() | here | worker | server == JobConfig.__dataclass_fields__.keys()
-
-    @pytest.mark.parametrize(
-        ("config", "words"),
-        [
-            ({"command": None}, []),
-            ({"command": "echo 'a b' $HOME"}, ["echo", "a b", "$HOME"]),
-            ({"command": ["echo", "", "--x"]}, ["echo", "", "--x"]),
-            ({"command": "b c", "entrypoint": "sh -c a"}, ["-c", "a", "b", "c"]),
-            ({"command": ["b"], "entrypoint": ["sh", "-c"]}, ["-c", "b"]),
-            ({"entrypoint": ["sh"]}, []),
-        ],
-    )
-    def test_the_words_after_the_image_are_the_rest_of_the_entrypoint_and_the_command(
-        self, config: dict[str, Any], words: list[str]
-    ) -> None:
-        arguments = command_of(config).arguments
-        assert arguments[arguments.index("--") + 1 :] == ["busybox", *words]
-
-    def test_a_version_1_command_is_one_argument_as_it_always_was(self) -> None:
-        assert command_of({"command": "echo 'hi"}, version=1).arguments[-3:] == ["--", "busybox", "echo 'hi"]
-
-    def test_a_command_that_cannot_be_split_is_a_value_error(self) -> None:
-        with pytest.raises(ValueError, match="No closing quotation"):
-            command_of({"command": "echo 'hi"})
-
-    @pytest.mark.parametrize(
-        "config",
-        [{"command": "a\0b"}, {"command": ["a", 5]}, {"image": 5}, {"volumes": [None]},
-         {"environment": {"A": "\ud800"}}, {"environment": {"A\0": "b"}}, {"environment": {"LC_\0": "b"}},
-         {"environment": {"HOME": "\0"}}, {"command": ["x" * 131_072]}],
-    )  # fmt: skip
-    def test_what_no_process_can_be_given_is_a_value_error(self, config: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="can be no argument and no variable"):
-            command_of(config)
-
-    def test_the_operators_options_come_after_ours_and_before_the_image(self) -> None:
-        arguments = command_of({"options": ["--memory", "1g"], "mem_limit": "2g", "environment": {"A": "b"}}).arguments
-        assert arguments[arguments.index("--") - 2 :] == ["--memory", "1g", "--", "busybox"]
-
-    def test_a_jobs_own_value_replaces_the_configurations(self) -> None:
-        command = command_of({"environment": {"A": "config", "B": "config"}}, {"A": "job"})
-        assert command.variables == {"A": "job", "B": "config"}
-        assert command.arguments[-6:] == ["--env", "A", "--env", "B", "--", "busybox"]
-
-    def test_a_name_alone_takes_the_workers_value(self) -> None:
-        command = command_of({"environment": {"A": None, "PATH": None}})
-        assert (command.variables, command.stdin) == ({}, "")
-        assert command.arguments[-6:] == ["--env", "A", "--env", "PATH", "--", "busybox"]
-
-    @pytest.mark.parametrize(
-        "name",
-        ["PATH", "HOME", "LD_PRELOAD", "DOCKER_HOST", "DOCKER_CONFIG", "http_proxy", "HTTPS_PROXY", "NO_PROXY",
-         "GODEBUG", "GOMAXPROCS", "TMPDIR", "XDG_RUNTIME_DIR", "SSL_CERT_FILE", "SSH_AUTH_SOCK",
-         "OTEL_EXPORTER_OTLP_ENDPOINT", "BASH_ENV", "CONTAINER_HOST", "LANG", "LC_ALL"],
-    )  # fmt: skip
-    def test_a_variable_of_dockers_own_goes_by_a_file_so_that_docker_does_not_see_it(self, name: str) -> None:
-        command = command_of({"environment": {name: " a=b # c ", "OTHER": "x"}})
-        assert (command.variables, command.stdin) == ({"OTHER": "x"}, f"{name}= a=b # c \n")
-        assert command.arguments[-6:] == ["--env-file", "/dev/stdin", "--env", "OTHER", "--", "busybox"]
-
-    @pytest.mark.parametrize(
-        "name", ["GOOGLE_KEY", "SSH_PRIVATE_KEY", "SSL_KEY", "MYPATH", "PATH_TO", "HOME2", "STORAGE_KEY"]
-    )
-    def test_other_variables_may_hold_several_lines(self, name: str) -> None:
-        assert command_of({"environment": {name: "a\nb\r\n"}}).variables == {name: "a\nb\r\n"}
-
-    @pytest.mark.parametrize("value", ["a\nPATH=b", "a\r"])
-    def test_a_variable_of_dockers_own_with_several_lines_is_a_value_error(self, value: str) -> None:
-        with pytest.raises(ValueError, match="HOME must be one line"):
-            command_of({}, {"HOME": value})
-
-    @given(
-        st.dictionaries(
-            st.sampled_from(["A", "SECRET", "DOCKER_HOST", "PATH"]), st.text(st.characters(codec="utf-8"), min_size=1)
-        ),
-        st.text(st.characters(codec="utf-8"), min_size=1),
-    )
-    def test_no_value_of_a_variable_is_ever_an_argument(self, environment: dict[str, str], value: str) -> None:
-        secret = f"<{value}>"
-        try:
-            command = command_of({"environment": {**environment, "B": secret}}, {"C": secret, "HOME": secret})
-        except ValueError:
-            assume(False)
-        assert not [word for word in command.arguments if secret in word]
-        assert command.variables["B"] == command.variables["C"] == secret
-        assert f"HOME={secret}\n" in command.stdin

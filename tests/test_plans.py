@@ -1,5 +1,6 @@
 """The plans that SQLite makes of state.py's statements: none that runs on a hot path may walk the jobs there are."""
 
+import random
 import re
 import sqlite3
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ class TestQueryPlans:
 
     @pytest.fixture
     def database(self) -> Iterator[sqlite3.Connection]:
-        database = store._open(":memory:").connection
+        database = store._open(":memory:", random.Random()).connection
         yield database
         database.close()
 
@@ -57,8 +58,9 @@ class TestQueryPlans:
         self, database: sqlite3.Connection, states: tuple[str, ...], name: str | None, before: int | None
     ) -> None:
         statements: list[str] = []
+        db = state.Database(database, random.Random())
         database.set_trace_callback(statements.append)
-        state.page(state.Database(database), states, name, 0, before, 50)
+        state.page(db, states, name, 0, before, 50)
         database.set_trace_callback(None)
         assert statements
         for sql in statements:
@@ -71,7 +73,8 @@ class TestQueryPlans:
         assert self.steps_of_a_claim(20_000) < self.steps_of_a_claim(200) * 1.5
 
     def steps_of_a_claim(self, queued: int) -> int:
-        db = store._open(":memory:")
+        db = store._open(":memory:", random.Random())
+        db.begin()
         state.add(db, [state.NewJob(name) for name in ("a", "b")] * (queued // 2), 0.0)
         steps = 0
 
@@ -81,6 +84,6 @@ class TestQueryPlans:
             return 0
 
         db.connection.set_progress_handler(count, 1)
-        assert len(state.claim(db, [state.Offer(1, 4, frozenset({"a", "b"}))], {})) == 4
+        assert len(state.claim(db, [state.FreeSlots(1, 4, frozenset({"a", "b"}))], {})) == 4
         db.connection.close()
         return steps

@@ -1,0 +1,175 @@
+"""The life of one container, from its image to how it ended. It knows nothing of the wire or of sessions."""
+
+import asyncio
+import contextlib
+import fnmatch
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jobworker.container import (
+    ENGINE_RETRY_SECONDS,
+    KILLED,
+    Command,
+    Engine,
+    docker_run_command,
+    exit_of_command,
+    has_other_code,
+    is_running,
+    read_state,
+    seconds_since,
+)
+from jobworker.output import Output
+
+PULL_TIMEOUT_SECONDS = 900
+STOP_GRACE_SECONDS = 10
+STOP_AGAIN_SECONDS = 0.5
+OOM_SECONDS = 0.5
+NOT_STARTED = 125
+
+Config = dict[str, Any]
+
+
+class End(NamedTuple):
+    """How it ended. code: None where there is none. reason: None for a success."""
+
+    code: int | None
+    reason: str | None
+
+
+class Life:
+    """One container. Its end comes from `run` or `adopt`.
+
+    configs: the worker's, by job name. A job keeps the one from its start; a container found running has the one in
+    force.
+    """
+
+    def __init__(self, engine: Engine, configs: dict[str, Config], name: str, container: str) -> None:
+        self.container = container
+        self.output = Output()
+        self._engine, self._configs, self._name = engine, configs, name
+        self._config: Config | None = None
+        self._started: float | None = None  # on the loop's clock
+        self._stop_reason: str | None = None
+        self._stopped = asyncio.Event()  # told to stop, or let go
+        self._over = asyncio.Event()  # ended, or let go
+        self._stopping: asyncio.Task[None] | None = None
+
+    @property
+    def config(self) -> Config:
+        return self._config or self._configs.get(self._name, {})
+
+    def stop(self, reason: str, at_once: bool) -> None:
+        """Have it end: TERM, the grace period, KILL. at_once: it may have a container; else it will not start."""
+        if self._over.is_set() or self._stop_reason:
+            return
+        self._stop_reason = reason
+        self._stopped.set()
+        if at_once:
+            self._stopping = asyncio.ensure_future(self._stop_container())
+
+    def is_too_old(self) -> bool:
+        timeout = self.config.get("timeout")
+        return bool(timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout)
+
+    def leave(self) -> None:
+        """It has ended, or nobody wants its end any more: whoever stops it or pulls its image gives up."""
+        self._stopped.set()
+        self._over.set()
+
+    def failure(self, reason: str, detail: str) -> End:
+        """An end without an exit code, whose log says why."""
+        self.output.add(f"jobworker: {detail}\n".encode())
+        return End(None, reason)
+
+    async def run(self, labels: dict[str, str], environment: dict[str, str], globs: list[str], version: int) -> End:
+        """Live from Go to the end. globs: the images that this worker runs; none: all."""
+        config = self._configs.get(self._name)
+        try:
+            if config is None:
+                raise ValueError(f"the server sent no configuration for {self._name}")
+            command = docker_run_command(config, self.container, labels, environment, version)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:  # another server's may be of any form
+            return self.failure("config", str(error))
+        if not allows(globs, config):
+            return self.failure("refused", f"this worker does not run {config['image']}: see its --allow-image")
+        return await self._run_container(config, command)
+
+    async def _run_container(self, config: Config, command: Command) -> End:
+        image = config["image"]
+        while True:
+            if error := await self._provide_image(config):
+                return self.failure(self._stop_reason or "image", error)
+            if self._stopped.is_set():
+                return self.failure(self._stop_reason or "cancelled", "stopped before it started")
+            self._config, self._started = config, asyncio.get_running_loop().time()
+            code = await self._engine.run(command, self.output.add)
+            if code != NOT_STARTED or image not in self._engine.images or await self._engine.has_image(image):
+                return await self._conclude(code)
+            self.output.read_again()  # somebody removed the image since the last job
+
+    async def _provide_image(self, config: Config) -> str:
+        """Have the image here, as the policy says; an error where it can't be had, or ""."""
+        image, policy = config["image"], config.get("pull_policy", "missing")
+        if policy == "never" or (policy == "missing" and image in self._engine.images):
+            return ""
+        pull = asyncio.ensure_future(self._engine.provide_image(image, policy, config.get("platform")))
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        limit = config.get("pull_timeout", PULL_TIMEOUT_SECONDS)
+        await asyncio.wait([pull, stopped], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if pull.done():
+            return pull.result()
+        pull.cancel()
+        return f"pulling {image} " + ("was stopped" if self._stop_reason else f"took more than {limit} s")
+
+    async def adopt(self, wall: Callable[[], float]) -> End:
+        """Live from a container that a former life has left, running or ended, to the end."""
+        state = await self._engine.state(self.container) or {}
+        self._started = asyncio.get_running_loop().time() - seconds_since(str(state.get("StartedAt")), wall())
+        await self._follow()
+        return await self._conclude(None)
+
+    async def _conclude(self, code: int | None) -> End:
+        """Find out how it ended. code: the exit code of `docker run`, None where that was not ours."""
+        if self._over.is_set():  # let go meanwhile, perhaps before there was a container
+            return End(code, "cancelled")
+        state = await self._engine.state(self.container) if code != 0 else None
+        while state and (is_running(state) or (code is not None and has_other_code(state, code))):
+            await self._follow()  # the command was killed: the container, or its output, went on
+            state, code = await self._engine.state(self.container), None
+        if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
+            await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
+            state = await self._engine.state(self.container)
+        never_ran = state and state.get("Status") == "created"
+        if never_ran and not await self._engine.remove_if_never_started(self.container):
+            return await self._conclude(None)
+        code, reason = read_state(state) if state else exit_of_command(code)
+        if reason == "docker" and not await self._engine.has_image(self.config.get("image", "")):
+            code, reason = None, "image"
+        if self._stop_reason:
+            return End(code, self._stop_reason)
+        return End(code, None if code == 0 else reason)
+
+    async def _follow(self) -> None:
+        """Read the container's output again from its start, until it has ended."""
+        whole = False
+        while not whole:
+            self.output.read_again()
+            whole = await self._engine.follow(self.container, self.output.add)
+            if not whole:  # the command was killed, or the engine is away: a container that is gone has no state
+                whole = await self._engine.state(self.container) is None
+                await asyncio.sleep(ENGINE_RETRY_SECONDS)
+        await self._engine.wait(self.container)
+
+    async def _stop_container(self) -> None:
+        while not self._over.is_set():
+            # Again until it has ended: a container that is only being created can't be stopped yet.
+            await self._engine.stop(self.container, self.config.get("stop_grace_period", STOP_GRACE_SECONDS))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), STOP_AGAIN_SECONDS)
+
+
+def allows(globs: list[str], config: Config) -> bool:
+    """Whether a worker with these --allow-image runs this configuration."""
+    words_alone = all(word.startswith("-") and word != "--" for word in config.get("options", []))
+    return not globs or (words_alone and any(fnmatch.fnmatchcase(config["image"], glob) for glob in globs))

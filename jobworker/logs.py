@@ -1,0 +1,64 @@
+"""The output of attempts: what of it is kept, and how it is read. Functions for the store, as those of state.py."""
+
+from jobworker.state import LOG_STATE, Database
+
+LOG_HEAD_BYTES = 512 * 1024
+LOG_TAIL_BYTES = 512 * 1024
+
+LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
+INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
+CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
+LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
+LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
+READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
+    ORDER BY byte_offset LIMIT 16"""
+
+
+def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, data: bytes) -> int | None:
+    """Keep a piece of an attempt's output; the offset up to which it is kept now, None for a stale message.
+
+    What is there already is not written twice. Past head and tail, the middle goes.
+    """
+    row = db.one(LOG_STATE, job, attempt, worker)
+    if row is None:
+        return None
+    have: int = row[0]
+    if offset < have:
+        data, offset = data[have - offset :], have
+    if data:
+        have = offset + len(data)
+        db.execute(INSERT_LOG, (job, attempt, offset, data))
+        db.execute(LOG_GROWS, (have, job))
+        if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
+            db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
+        db.notes.jobs.add(job)
+    return have
+
+
+def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:
+    """Pieces of an attempt's output from a byte offset on, as (offset, bytes), some at a time; empty at its end."""
+    first = db.one(LOG_CHUNK_BEFORE, job, attempt, offset)[0]
+    rows = db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)).fetchall()
+    pieces = []
+    for start_, data in rows:
+        skip = max(offset - start_, 0)
+        if skip < len(data):
+            pieces.append((start_ + skip, data[skip:]))
+    return pieces
+
+
+def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
+    """The byte offset at which the last `lines` lines of an attempt's output begin."""
+    offset, wanted, last = 0, lines, True
+    for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
+        if not lines:
+            return int(offset) + len(data)
+        end: int = len(data)
+        if last and data.endswith(b"\n"):
+            end -= 1
+        last = False
+        while wanted and (end := data.rfind(b"\n", 0, end)) >= 0:
+            wanted -= 1
+        if end >= 0:
+            return int(offset) + end + 1
+    return 0

@@ -1,0 +1,298 @@
+"""client.py: a worker beside servers by script, of either version of the wire."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+from websockets.protocol import State
+
+import protocol
+from tests.peers import (
+    ScriptedServer,
+    ScriptedWorker,
+)
+from tests.stage import (
+    Server,
+    Stage,
+    Worker,
+    until,
+)
+
+
+class TestVersion1Server:
+    """Our worker against the original's server."""
+
+    def test_it_runs_what_it_is_told_and_says_so(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(7, "a"))
+            server.wait_for(protocol.JobSuccess(7))
+            assert server.received == [protocol.JobRunning(7), protocol.JobSuccess(7)]
+            [run] = stage.docker.ledger("run")
+            assert run[-2:] == ["--", "hello-world"]
+            until(lambda: stage.docker.containers() == [])
+
+    def test_a_command_is_one_argument_whatever_it_holds(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "busybox", "command": "echo 'a b' c"}) as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(1, "a"))
+            server.wait_for(protocol.JobFailure(1))
+            assert stage.docker.ledger("run")[0][-3:] == ["--", "busybox", "echo 'a b' c"]
+
+    @pytest.mark.parametrize("image", ["missing", "oom"])
+    def test_a_job_that_fails_is_a_failure(self, stage: Stage, image: str) -> None:
+        with ScriptedServer({"name": "a", "image": image, "command": None}) as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(1, "a"))
+            server.wait_for(protocol.JobFailure(1))
+            until(lambda: stage.docker.containers() == [])
+
+    def test_an_unknown_name_is_a_failure(self, stage: Stage) -> None:
+        with ScriptedServer() as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(1, "a"))
+            server.wait_for(protocol.JobFailure(1))
+            assert stage.docker.starts() == 0
+
+    def test_jobs_run_one_after_the_other(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            stage.worker(server)
+            for job in (1, 2, 3):
+                server.send(protocol.Enqueue(job, "a"))
+            server.wait_for(protocol.JobSuccess(3))
+            assert server.received == [
+                kind(job) for job in (1, 2, 3) for kind in (protocol.JobRunning, protocol.JobSuccess)
+            ]
+
+    def test_text_frames_are_read_like_binary_ones(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            stage.worker(server)
+            server.send(protocol.encode(protocol.Enqueue(1, "a")).decode())
+            server.wait_for(protocol.JobSuccess(1))
+
+    def test_the_same_id_from_a_restarted_server_runs_again(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            stage.worker(server)
+            for runs in (1, 2):
+                server.send(protocol.Enqueue(1, "a"))
+                until(lambda runs=runs: server.received.count(protocol.JobSuccess(1)) == runs)  # type: ignore[misc]
+                server.hang_up()
+                until(lambda runs=runs: len(server.dials) > runs)  # type: ignore[misc]
+            assert stage.docker.starts() == 2
+
+    @pytest.mark.parametrize(
+        "frame", [b"\1", b"\1[{]", b"\2\0", b"\2\0\0\0\1\x40\0\0\0\0\0\0\0hello", b"\1" + b"[" * 100_000]
+    )
+    def test_a_malformed_frame_ends_the_connection_but_not_the_worker(self, stage: Stage, frame: bytes) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            worker = stage.worker(server)
+            server.send(frame)
+            until(lambda: len(server.dials) == 2)
+            until(lambda: server.peer and server.peer.state == State.OPEN)
+            server.send(protocol.Enqueue(1, "a"))
+            server.wait_for(protocol.JobSuccess(1))
+            assert "Traceback" not in worker.stderr
+
+    def test_unknown_tags_and_empty_frames_are_ignored(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            stage.worker(server)
+            for frame in (
+                b"",
+                b"\0",
+                b"\3\0\0\0\1",
+                b"\x10\0",
+                b"\xff",
+                protocol.encode(protocol.Enqueue(1, "a")) + b"zz",
+            ):
+                server.send(frame)
+            server.wait_for(protocol.JobSuccess(1))
+            assert len(server.dials) == 1
+
+    def test_a_server_that_hangs_up_at_once_is_not_dialled_in_a_frenzy(self, stage: Stage) -> None:
+        with ScriptedServer(hangs_up=True) as server:
+            stage.worker(server, connects=False)
+            until(lambda: len(server.dials) >= 2)
+            time.sleep(3)
+            assert 2 <= len(server.dials) <= 10
+
+    def test_a_server_that_is_not_there_yet_is_waited_for(self, stage: Stage) -> None:
+        server = stage.server()
+        server.kill()
+        worker = stage.worker(server, connects=False)
+        until(lambda: worker.stderr)
+        server.start()
+        until(lambda: server.get("/api/workers"), 20)
+        assert server.ended(server.post("quick"))["success"]
+
+
+class TestVersion2Server:
+    """Our worker does nothing before it is told, and forgets nothing before it may."""
+
+    CONFIG: ClassVar = {"name": "a", "image": "busybox", "command": ["sh", "-c", "echo out; exit 3"]}
+
+    @pytest.fixture
+    def server(self) -> Iterator[ScriptedServer]:
+        with ScriptedServer(
+            self.CONFIG, {"name": "long", "image": "busybox", "command": "sleep 60"}, version=2
+        ) as server:
+            yield server
+
+    def test_it_says_hello_first(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server, "--slots", "3", "--tag", "x", "--tag", "y")
+        until(lambda: server.received)
+        hello = server.received[0]
+        assert (hello.name, hello.slots, hello.tags, hello.jobs) == ("worker", 3, ("x", "y"), ())
+
+    def test_it_starts_nothing_before_go(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "a", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        time.sleep(0.3)
+        assert stage.docker.ledger("run") == []
+        server.send(protocol.Go(5, 1))
+        server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+        assert protocol.Log(5, 1, 0, b"out\n") in server.received
+
+    def test_it_drops_what_is_settled_instead(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "a", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Settled(5, 1))
+        server.send(protocol.Go(5, 1))
+        server.send(protocol.Enqueue(6, "a", 1))
+        server.wait_for(protocol.JobRunning(6, 1))
+        assert stage.docker.ledger("run") == []
+
+    def test_it_starts_once_when_told_twice(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server, "--slots", "2")
+        for _ in range(3):
+            for message in (protocol.Enqueue(5, "a", 1), protocol.Go(5, 1)):
+                server.send(message)
+                server.send(message)
+            server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+        server.send(protocol.Enqueue(5, "a", 1))
+        server.send(protocol.Go(5, 1))
+        time.sleep(0.2)
+        assert len(stage.docker.ledger("run", 5)) == stage.docker.starts(5) == 1
+
+    def test_it_takes_nothing_more_when_it_drains(self, server: ScriptedServer, stage: Stage) -> None:
+        worker = stage.worker(server, "--slots", "2")
+        server.send(protocol.Enqueue(5, "long", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        until(lambda: stage.docker.starts(5))
+        worker.signal(signal.SIGTERM)
+        until(lambda: "finishing" in worker.stderr)
+        server.send(protocol.Enqueue(6, "a", 1))
+        time.sleep(0.3)
+        assert protocol.JobRunning(6, 1) not in server.received
+
+    def test_it_keeps_the_container_until_it_is_settled(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "a", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+        time.sleep(0.2)
+        assert stage.docker.containers() == ["jobworker-0123abcd-5-1"]
+        server.send(protocol.Settled(5, 1))
+        until(lambda: stage.docker.containers() == [])
+
+    def test_it_sends_a_result_again_on_the_next_connection(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "a", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+        server.received.clear()
+        server.hang_up()
+        until(lambda: len(server.dials) == 2)
+        until(lambda: server.received)
+        assert server.received[0].jobs == ((5, 1, "finished"),)
+        server.send(protocol.Logged(5, 1, 2))
+        server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+        logs = [message for message in server.received if isinstance(message, protocol.Log)]
+        assert logs == [protocol.Log(5, 1, 2, b"t\n")]
+
+    def test_it_stops_what_it_is_told_to_stop(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "long", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        until(lambda: stage.docker.starts(5))
+        server.send(protocol.Stop(5, 1))
+        until(lambda: stage.docker.ledger("end", 5))
+        until(lambda: any(isinstance(message, protocol.JobFailure) for message in server.received))
+
+    def test_it_stops_and_removes_what_is_settled_while_it_runs(self, server: ScriptedServer, stage: Stage) -> None:
+        stage.worker(server)
+        server.send(protocol.Enqueue(5, "long", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        until(lambda: stage.docker.starts(5))
+        server.send(protocol.Settled(5, 1))
+        until(lambda: stage.docker.containers() == [], 15)
+
+    def test_it_tells_a_restarted_server_what_it_holds(self, server: ScriptedServer, stage: Stage) -> None:
+        worker = stage.worker(server)
+        server.send(protocol.Enqueue(5, "long", 1))
+        server.wait_for(protocol.JobRunning(5, 1))
+        server.send(protocol.Go(5, 1))
+        until(lambda: stage.docker.starts(5))
+        worker.kill()
+        server.received.clear()
+        worker.start()
+        until(lambda: server.received)
+        assert server.received[0].jobs == ((5, 1, "running"),)
+
+    def test_it_takes_another_servers_containers_for_none_of_its_business(self, stage: Stage) -> None:
+        with ScriptedServer(self.CONFIG, version=2) as server:
+            worker = stage.worker(server)
+            server.send(protocol.Enqueue(5, "a", 1))
+            server.wait_for(protocol.JobRunning(5, 1))
+            server.send(protocol.Go(5, 1))
+            server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
+            worker.kill()
+        other = stage.server()
+        stage.worker(other)
+        assert other.ended(other.post("quick"))["success"]
+        until(lambda: stage.docker.containers() == ["jobworker-0123abcd-5-1"])
+
+
+def leaves_at_once(stage: Stage, worker: Worker, job: int) -> bool:
+    """Whether a worker has exited though `docker run` blocked a thread of it, and the container runs on."""
+    assert worker.exit_code() == 1
+    return stage.docker.starts(job) == 1 and len(stage.docker.containers()) == 1 and not stage.docker.ledger("end", job)
+
+
+class TestGivingUp:
+    """A worker that gives up leaves at once; its container runs on."""
+
+    def with_a_job(self, stage: Stage) -> tuple[Server, Worker, int]:
+        server = stage.server()
+        worker = stage.worker(server)
+        job = server.sh("sleep 1000")
+        until(lambda: stage.docker.starts(job) == 1)
+        return server, worker, job
+
+    def test_one_that_is_replaced(self, stage: Stage) -> None:
+        server, worker, job = self.with_a_job(stage)
+        with ScriptedWorker(server, "worker", jobs=((job, 1, "running"),)):
+            assert leaves_at_once(stage, worker, job)
+        assert worker.said("another worker named worker connected")
+
+    def test_one_that_the_server_refuses(self, stage: Stage) -> None:
+        server, worker, job = self.with_a_job(stage)
+        tokens = stage.folder / "tokens"
+        tokens.write_text("worker secret\napi other\n")
+        server.kill()
+        server.command[2:2] = ["--token-file", str(tokens)]
+        server.start()
+        assert leaves_at_once(stage, worker, job)
+        assert worker.said("refuses this worker: HTTP 401")

@@ -1,0 +1,166 @@
+"""web.py: connections, their places and their deadlines."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from jobworker import web
+from jobworker.web import Access, HttpServer, Request, Response, RunnerListener
+from tests.peers import HANDSHAKE, head, statuses_of
+from tests.stage import Server, read_to_end, until
+
+FULL = web.MAX_CONNECTIONS
+
+
+@contextlib.contextmanager
+def serving(answer: Callable[[Request], Response]) -> Iterator[HttpServer]:
+    """An HttpServer on a free port that answers everything by `answer`."""
+    access = Access("localhost", {"api": set(), "worker": set()})
+    with contextlib.closing(RunnerListener()) as runner, HttpServer(("127.0.0.1", 0), answer, runner, access) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def dial(server: HttpServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.server_address[1]), timeout=10)
+
+
+def send(peer: socket.socket, data: bytes) -> None:
+    with contextlib.suppress(ConnectionError):  # evicted
+        peer.sendall(data)
+
+
+class TestRunner:
+    """A proxy keeps its connections: a handshake for /runner may be any request on one."""
+
+    def test_the_second_request_of_a_connection_may_be_a_handshake(self, idle: Server) -> None:
+        with socket.create_connection(("127.0.0.1", idle.port), timeout=5) as peer:
+            peer.sendall(head(b"GET /healthz"))
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200 ")
+            peer.sendall(HANDSHAKE)
+            assert peer.recv(65536).startswith(b"HTTP/1.1 101 ")
+
+    def test_a_handshake_may_follow_a_request_in_the_same_packet(self, idle: Server) -> None:
+        with socket.create_connection(("127.0.0.1", idle.port), timeout=5) as peer:
+            peer.sendall(head(b"GET /healthz") + HANDSHAKE)
+            reply = b""
+            while b"HTTP/1.1 101 " not in reply and (more := peer.recv(65536)):
+                reply += more
+        assert statuses_of(reply) == [200, 101]
+
+    def test_an_upgrade_in_a_body_is_no_handshake(self, idle: Server) -> None:
+        body = b"\r\nUpgrade: websocket\r\n"
+        reply = idle.raw(head(b"GET /runner", b"Content-Length: %d" % len(body), b"Connection: close") + body)
+        assert reply.startswith(b"HTTP/1.1 426 ")
+
+
+class TestCap:
+    """At the cap a quick request is answered at once, whatever the others wait for."""
+
+    @pytest.mark.parametrize("data", [HANDSHAKE[:-2], head(b"GET /api/events")], ids=["handshakes", "streams"])
+    def test_it_is_not_held_by(self, idle: Server, data: bytes) -> None:
+        with contextlib.ExitStack() as stack:
+            for _ in range(FULL + 100):
+                peer = stack.enter_context(socket.create_connection(("127.0.0.1", idle.port), timeout=10))
+                send(peer, data)
+            start = time.monotonic()
+            assert idle.get("/api/workers") == []
+            assert time.monotonic() - start < 5  # each of the 100 would hold the accept loop for a second if it slept
+
+    def test_it_is_not_held_by_callers_that_wait(self) -> None:
+        ended = threading.Event()
+
+        def answer(request: Request) -> Response:
+            if request.path == "/wait":
+                ended.wait()
+            return Response(b"{}")
+
+        with serving(answer) as server, contextlib.ExitStack() as stack:
+            stack.callback(ended.set)
+            for _ in range(FULL):
+                send(stack.enter_context(dial(server)), head(b"GET /wait"))
+            start = time.monotonic()
+            for _ in range(20):
+                with dial(server) as peer:
+                    peer.sendall(head(b"GET /quick"))
+                    assert peer.recv(100).startswith(b"HTTP/1.1 200 ")
+            assert time.monotonic() - start < 2
+
+    def test_a_request_that_waits_for_its_answer_knows_that_its_caller_is_gone(self) -> None:
+        noticed = threading.Event()
+
+        def answer(request: Request) -> Response:
+            assert not request.caller_is_gone()
+            asked.set()
+            until(request.caller_is_gone)
+            noticed.set()
+            return Response(b"{}")
+
+        asked = threading.Event()
+        with serving(answer) as server:
+            with dial(server) as peer:
+                peer.sendall(head(b"GET /"))
+                assert asked.wait(5)
+            assert noticed.wait(5)
+
+
+def test_an_empty_head_is_refused() -> None:
+    with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
+        peer.sendall(b"\r\n\r\n")
+        assert read_to_end(peer).startswith(b"HTTP/1.1 400 ")
+
+
+class TestDeadlines:
+    @pytest.mark.parametrize("body", [b"x" * 50_000_000, [b"x" * 50_000_000]], ids=["whole", "streamed"])
+    def test_an_answer_to_a_reader_that_does_not_read_ends(
+        self, monkeypatch: pytest.MonkeyPatch, body: bytes | list[bytes]
+    ) -> None:
+        monkeypatch.setattr(web, "SEND_SECONDS", 0.2)
+        response = Response(body if isinstance(body, bytes) else iter(body))
+        with serving(lambda _: response) as server, dial(server) as peer:
+            peer.sendall(head(b"GET /"))
+            until(lambda: server.places)
+            until(lambda: not server.places)
+
+    def test_a_stream_may_be_silent_for_longer_than_a_piece_may_take(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(web, "SEND_SECONDS", 0.1)
+
+        def pieces(server: HttpServer) -> Iterator[bytes]:
+            yield b"first"
+            before = server.next_check
+            until(lambda: server.next_check > before + 3 * web.CHECK_SECONDS)
+            yield b"last"
+
+        servers: list[HttpServer] = []
+        with serving(lambda _: Response(pieces(servers[0]))) as server, dial(server) as peer:
+            servers.append(server)
+            peer.sendall(head(b"GET /", b"Connection: close"))
+            assert read_to_end(peer).endswith(b"4\r\nlast\r\n0\r\n\r\n")
+
+    @pytest.mark.parametrize(
+        ("limit", "data", "reply"),
+        [
+            ("IDLE_SECONDS", b"", b""),
+            ("HEAD_SECONDS", b"\r\n", b""),
+            ("HEAD_SECONDS", b"GET / HTTP/1.1\r\n", b"HTTP/1.1 408 "),
+            ("BODY_SECONDS", head(b"POST /", b"Content-Length: 2") + b"{", b"HTTP/1.1 408 "),
+        ],
+    )
+    def test_a_request_that_does_not_come_is_ended(
+        self, monkeypatch: pytest.MonkeyPatch, limit: str, data: bytes, reply: bytes
+    ) -> None:
+        monkeypatch.setattr(web, limit, 0.1)
+        with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
+            peer.sendall(data)
+            assert read_to_end(peer)[: len(reply) or None] == reply

@@ -1,0 +1,126 @@
+"""store.py: a commit is on disk before its result is seen, and the commands of one moment share it."""
+
+import contextlib
+import random
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobworker import logs
+from jobworker import state as state_module
+from jobworker import store as store_module
+from jobworker.state import NewJob
+from jobworker.store import Store
+from tests.stage import ROOT
+from tests.test_state import arrival, retry_delay
+
+SCHEMA_1 = ROOT / "tests" / "schema-1.sqlite"  # made by jobworker 1.0.0
+
+
+class TestDurability:
+    """A commit is on disk before anyone sees its result."""
+
+    def test_each_commit_is_synced(self, tmp_path: Path) -> None:
+        connection = store_module._open(str(tmp_path / "jobs.db"), random.Random()).connection
+        settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
+        connection.close()
+        assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
+
+
+class TestMigration:
+    """A database of the release before is taken over as it stands."""
+
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> Iterator[Store]:
+        shutil.copy(SCHEMA_1, tmp_path / "jobs.db")
+        with contextlib.closing(Store(str(tmp_path / "jobs.db")).start()) as store:
+            yield store
+
+    def test_its_schema_is_that_of_a_new_database(self, store: Store, tmp_path: Path) -> None:
+        def columns(path: Path) -> list[tuple[Any, ...]]:
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                names = connection.execute("SELECT name FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name")
+                return [
+                    row for (name,) in names.fetchall() for row in connection.execute(f"PRAGMA table_xinfo({name})")
+                ]
+
+        store.close()
+        with contextlib.closing(Store(str(tmp_path / "new.db")).start()):
+            pass
+        assert columns(tmp_path / "jobs.db") == columns(tmp_path / "new.db")
+
+    def test_its_jobs_attempts_and_logs_are_there(self, store: Store) -> None:
+        rows = store.do(state_module.page, (), None, 0, None, 100).result()
+        shown = [(row["name"], row["state"], row["attempt"], row["worker_name"], row["environment"]) for row in rows]
+        assert shown == [
+            ("hello-world", "queued", 1, None, None),
+            ("greeting", "success", 1, "box-1", '{"NAME": "Ada"}'),
+            ("sandbox", "running", 1, "box-1", None),
+            ("later", "cancelled", 0, None, None),
+            ("greeting", "assigned", 1, "version-1-0a1b2c3d", '{"NAME": "Bob"}'),
+            ("hello-world", "queued", 0, None, None),
+        ]
+        assert store.do(logs.read_log, 2, 1, 0).result() == [(0, b"Hello, Ada!\n")]
+        [attempt] = store.do(state_module.attempts, 1).result()
+        assert (attempt["exit_code"], attempt["reason"], attempt["log_bytes"]) == (3, "exit", 10)
+
+    def test_its_workers_may_come_back_and_are_not_connected(self, store: Store) -> None:
+        assert store.do(state_module.resume).result() == [(1, "box-1", 2), (2, "version-1-0a1b2c3d", 1)]
+        assert not [row for row, _ in store.do(state_module.workers).result() if row["connected"]]
+        assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, retry_delay).result() == (
+            1,
+            [(3, 1, 0, False)],
+        )
+
+    def test_it_is_migrated_once(self, store: Store, tmp_path: Path) -> None:
+        store.close()
+        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
+            assert connection.execute("PRAGMA user_version").fetchone() == (state_module.SCHEMA_VERSION,)
+        with contextlib.closing(Store(str(tmp_path / "jobs.db")).start()) as again:
+            assert again.server_id == store.server_id
+
+    def test_a_database_of_a_later_release_is_refused(self, tmp_path: Path) -> None:
+        with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
+            connection.execute(f"PRAGMA user_version = {state_module.SCHEMA_VERSION + 1}")
+        with pytest.raises(store_module.StoreError, match="schema version"):
+            Store(str(tmp_path / "jobs.db"))
+
+
+class TestGroups:
+    """What shares a transaction with a function that fails loses nothing by it."""
+
+    def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path / "jobs.db")).start()
+        first, _ = store.do(state_module.listen, None).result()
+        (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
+
+        def tick_then_fail(db: state_module.Database) -> None:
+            state_module.tick(db, 1.0)
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            store.do(tick_then_fail).result()
+        assert not first.next.done()
+        store.do(state_module.tick, 2.0).result()
+        assert first.next.result(0).jobs == {job}
+        store.do(state_module.tick, 2.0).result()
+        assert not first.next.result(0).next.done()
+        store.close()
+
+    def test_a_database_that_failed_takes_nothing_more(self, tmp_path: Path) -> None:
+        store = Store(str(tmp_path / "jobs.db")).start()
+
+        def fail(_db: state_module.Database) -> None:
+            error = sqlite3.OperationalError("disk I/O error")
+            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
+            raise error
+
+        for function in (fail, state_module.probe):
+            with pytest.raises(store_module.StoreError):
+                store.do(function).result()
+        assert store.broken
+        store.close()
