@@ -50,7 +50,7 @@ import protocol
 from jobworker import VERSION
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
 from jobworker.life import End, Life
-from jobworker.options import quiet_logger, start_logging
+from jobworker.options import OptionError, command_line, quiet_logger, read_tokens, setting, settings, start_logging
 from jobworker.orphans import end_orphans
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, pipe
 from protocol import (
@@ -711,40 +711,28 @@ def worker_name(text: str) -> str:
     return text
 
 
-def read_token(path: str | None) -> str | None:
-    """Give the worker's token from a token file: `worker TOKEN` or `TOKEN`. Raises FatalError."""
+def worker_token(path: Path | None) -> str | None:
+    """Give the first token for workers in the token file, if there is one. Raises OptionError where it has none."""
     if path is None:
         return None
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines() if line[:1] != "#"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FatalError(f"{path}: can't be read as a token file: {error}") from error
-    for words in lines:
-        if len(words) == 1 or (len(words) == 2 and words[0] == "worker"):
-            return words[-1]
-    raise FatalError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
+    for *scope, token in read_tokens(path):
+        if scope in ([], ["worker"]):
+            return token
+    raise OptionError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}") or otherwise
-
-    def defaults(name: str) -> list[str]:
-        return [word for word in (default(name) or "").split(",") if word]
-
-    parser = argparse.ArgumentParser(description="A jobworker worker.", epilog="Options may be set as JOBWORKER_….")
+    parser = command_line("A jobworker worker.", VERSION)
     parser.add_argument("uri", metavar="DESTINATION", type=destination, help="localhost:8080/runner, or a wss:// URL")
-    parser.add_argument("-V", "--version", action="version", version=f"jobworker {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("--name", type=worker_name, default=default("NAME"), help="the host's name and a number")
-    parser.add_argument("--slots", type=slots, default=default("SLOTS", "1"), help="how many jobs at once (1)")
+    parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="the host's name and a number")
+    parser.add_argument("--slots", type=slots, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
     parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")
-    parser.add_argument("--token-file", default=default("TOKEN_FILE"), help="the token the server asks for")
-    parser.add_argument("--docker", default=default("DOCKER", "docker"), help="the command (docker)")
+    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
+    parser.add_argument("--docker", default=setting("DOCKER", "docker"), help="the command (docker)")
     parser.add_argument("--allow-image", action="append", metavar="GLOB", help="run only images like this")
     options = parser.parse_args(arguments)
-    options.tags = options.tags or defaults("TAGS")
-    options.allow_image = options.allow_image or defaults("ALLOW_IMAGE")
+    options.tags = options.tags or settings("TAGS")
+    options.allow_image = options.allow_image or settings("ALLOW_IMAGE")
     return options
 
 
@@ -752,11 +740,11 @@ def main() -> int:
     options = parse_options()
     start_logging(options.verbose)
     try:
-        options.token = read_token(options.token_file)
+        options.token = worker_token(options.token_file)
         if shutil.which(options.docker) is None:
             raise FatalError(f"there is no command {options.docker!r}: install Docker, or name another with --docker")
         name, _lock = hold_name(options.name)
-    except FatalError as error:
+    except (FatalError, OptionError) as error:
         log.critical("%s", error)
         return 2
     try:

@@ -40,7 +40,7 @@ import protocol
 from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
-from jobworker.options import quiet_logger, start_logging
+from jobworker.options import OptionError, command_line, quiet_logger, read_tokens, setting, start_logging
 from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
 from jobworker.store import Commit, Store, StoreError
 from jobworker.web import Access, HttpServer, RunnerListener
@@ -637,59 +637,36 @@ def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]
     return Subprotocol(VERSION_2) if VERSION_2 in offered else None
 
 
-def config_error(where: object, message: str) -> ConfigError:
-    error = ConfigError((0, 0, message))
-    error.path = str(where)
-    return error
-
-
-def read_tokens(path: Path | None) -> dict[str, set[str]]:
-    """Read a token file: a line each, `api TOKEN`, `worker TOKEN`, or `TOKEN` for both; `#` begins a comment.
-
-    Raises ConfigError where it can't be read, or has none.
-    """
+def tokens_by_scope(path: Path | None) -> dict[str, set[str]]:
+    """Read the token file, if there is one. Raises OptionError where a line is wrong or a scope has no token."""
     tokens: dict[str, set[str]] = {"api": set(), "worker": set()}
     if path is None:
         return tokens
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise config_error(path, f"can't be read as a token file: {error}") from error
-    for words in lines:
-        scopes = [words[0]] if len(words) == 2 and words[0] in tokens else list(tokens) if len(words) == 1 else []
-        if not scopes:
-            raise config_error(path, "each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
-        for scope in scopes:
-            tokens[scope].add(words[-1])
+    for *scope, token in read_tokens(path):
+        if scope not in ([], ["api"], ["worker"]):
+            raise OptionError(f"{path}: each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
+        for name in scope or tokens:
+            tokens[name].add(token)
     if not all(tokens.values()):
-        raise config_error(path, "it must hold a token for the API and one for workers")
+        raise OptionError(f"{path}: it must hold a token for the API and one for workers")
     return tokens
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}") or otherwise
-
-    parser = argparse.ArgumentParser(description="The jobworker server.", epilog="Options may be set as JOBWORKER_….")
+    parser = command_line("The jobworker server.", VERSION)
     parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the jobs there are")
-    parser.add_argument("-V", "--version", action="version", version=f"jobworker {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("-p", "--port", type=port_number, default=default("PORT", "8080"), help="8080; 0: a free one")
-    parser.add_argument("--host", default=default("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
-    parser.add_argument("--database", default=default("DATABASE"), help="jobs.db beside JOBS_YAML; :memory: for none")
-    parser.add_argument("--token-file", type=Path, default=default("TOKEN_FILE"), help="tokens for API and workers")
+    parser.add_argument("-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0: a free one")
+    parser.add_argument("--host", default=setting("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--database", default=setting("DATABASE"), help="jobs.db beside JOBS_YAML; :memory: for none")
+    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
     parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
+    hold = setting("HOLD") in ("1", "true", "yes")
+    parser.add_argument("--hold", action="store_true", default=hold, help="keep jobs until a worker comes")
     parser.add_argument(
-        "--hold",
-        action="store_true",
-        default=default("HOLD") in ("1", "true", "yes"),
-        help="keep jobs until a worker comes",
+        "--grace", type=duration, default=setting("GRACE", "60"), help="how long a worker may be away (60s)"
     )
     parser.add_argument(
-        "--grace", type=duration, default=default("GRACE", "60"), help="how long a worker may be away (60s)"
-    )
-    parser.add_argument(
-        "--keep", type=duration, default=default("KEEP", "30d"), help="how long ended jobs stay (30d); 0: ever"
+        "--keep", type=duration, default=setting("KEEP", "30d"), help="how long ended jobs stay (30d); 0: ever"
     )
     parser.add_argument("--check", action="store_true", help="only check JOBS_YAML")
     options = parser.parse_args(arguments)
@@ -717,7 +694,7 @@ def check_host(options: argparse.Namespace) -> None:
     except ValueError:
         loopback = False
     if not loopback and not options.tokens["api"] and not options.insecure:
-        raise config_error("--host", f"{options.host} is open to the network: give --token-file, or --insecure")
+        raise OptionError(f"--host: {options.host} is open to the network: give --token-file, or --insecure")
 
 
 def main() -> int:
@@ -731,9 +708,9 @@ def main() -> int:
         if options.check:
             print(f"{options.jobs}: {len(jobs)} jobs, no errors")
             return 0
-        options.tokens = read_tokens(options.token_file)
+        options.tokens = tokens_by_scope(options.token_file)
         check_host(options)
-    except ConfigError as error:
+    except (ConfigError, OptionError) as error:
         print(error, file=sys.stderr)
         return 2
     gc.freeze()  # what is imported stays: no collection has to walk it

@@ -516,7 +516,7 @@ TestStoreHistories.settings = settings(
 
 
 class TestTransitions:
-    """The table of transitions is the picture that the README shows."""
+    """The table of transitions is the picture that the reference shows."""
 
     def test_the_picture_has_each_transition_and_no_other(self) -> None:
         drawn = edges_of_the_picture()
@@ -528,8 +528,8 @@ class TestTransitions:
 
 
 def edges_of_the_picture() -> set[tuple[str, str]]:
-    """Read the arrows of the README's picture: along its first line, from its states down and back, and DELETE's."""
-    text = (Path(state_module.__file__).parent.parent / "README.md").read_text()
+    """Read the arrows of the reference's picture: along its first line, from its states down and back, and DELETE's."""
+    text = (Path(state_module.__file__).parent.parent / "docs/reference.md").read_text()
     first, *lines = text[text.index("     POST ") :].partition("The reasons")[0].splitlines()
     states = {match.start(): match[0] for match in re.finditer(r"[a-z]{6,}", first)}
 
