@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "tests", "checks", "deploy")
-TESTS = ("test_jobworker.py", "checks/test_store.py")
+TESTS = ("test_jobworker.py", "tests")
 TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
