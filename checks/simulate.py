@@ -967,8 +967,8 @@ def play(seed: int, verbose: bool = False) -> Outcome:
 
 def set_up() -> None:
     """In each process: fewer beats a virtual second, and no log but with -v."""
-    server.TICK_SECONDS = 1.0
-    client.LOG_FLUSH_SECONDS = 1.0  # type: ignore[attr-defined]
+    server.TICK_SECONDS = 2.5
+    client.LOG_FLUSH_SECONDS = 2.0  # type: ignore[attr-defined]
     logging.disable(logging.CRITICAL)
 
 
