@@ -178,6 +178,45 @@ MUTANTS = (
         're.fullmatch("[0-9]{1,18}", length)',
         "length.isprintable()",
     ),
+    # the server, when others limp
+    Mutant(
+        "frames are cut",
+        "protocol.py",
+        "server_limps and Frames",
+        "if batch and size + len(frame) > BATCH_BYTES:",
+        "if False:",
+    ),
+    Mutant(
+        "what is not stored is waited for",
+        "server.py",
+        "faster_than_the_disk",
+        "while self._unstored_bytes > MAX_UNSTORED_BYTES:",
+        "while False:",
+    ),
+    Mutant(
+        "who reads nothing is left",
+        "server.py",
+        "reads_nothing",
+        "if socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:",
+        "if False:",
+    ),
+    Mutant("configs go out once", "server.py", "go_out_once", "if self.configs is not configs:", "if True:"),
+    Mutant("tags are not kept", "jobworker/config.py", "not_kept_for_ever", "len(self._names) >= NAMES_LIMIT", "False"),
+    Mutant(
+        "a delay is a duration",
+        "jobworker/state.py",
+        "server_limps and Clock",
+        "        shift_delays(db, now - latest)\n",
+        "        pass\n",
+    ),
+    Mutant("a jump is seen", "server.py", "server_limps and Clock", "if abs(jump) >= CLOCK_JUMP_SECONDS:", "if False:"),
+    Mutant(
+        "a key belongs to a body",
+        "jobworker/state.py",
+        "Idempotency",
+        "    if content not in (None, key.content):",
+        "    if False:",
+    ),
     # the worker: two phases, the outbox, what a former life left
     Mutant(
         "two phases: no start without Go",

@@ -1,0 +1,331 @@
+"""server.py, while workers, the disk, clocks or callers limp: what that takes from others is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import signal
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+import protocol
+from jobworker import state
+from jobworker.config import Configs, JobConfig
+from jobworker.store import Store
+from server import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, MAX_UNSTORED_BYTES, Dispatcher, WatchedClock
+from tests.peers import VERSION_2, ScriptedWorker, is_closed
+from tests.stage import Server, Stage, problem, until
+
+MEMORY_LIMIT_KIB = 200 * 1024
+
+
+class TestFrames:
+    """Either side cuts its frames at 512 KiB, so that no number of jobs is too large a frame."""
+
+    def test_many_large_jobs_reach_a_worker_with_many_slots(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        script = "x" * 30_000
+        jobs = [{"name": "sh", "environment": {"SCRIPT": script}}] * 200
+        ids = [job["id"] for _ in range(3) for job in server.http("POST", "/api/jobs", jobs, 30).json]
+        with ScriptedWorker(server, "wide", slots=1_000) as worker:  # it takes frames of up to 1 MiB
+            assert sorted(worker.next(protocol.Enqueue, 20).job for _ in ids) == ids
+
+    def test_none_is_longer_than_the_limit_unless_one_message_is(self) -> None:
+        messages = [protocol.Log(1, 1, 0, b"x" * size) for size in (1, 600_000, 200_000, 200_000, 200_000)]
+        frames = list(protocol.encode_batches(messages))
+        assert [m for frame in frames for m in protocol.decode_from_worker(frame, 2)] == messages
+        assert [len(frame) > protocol.BATCH_BYTES for frame in frames] == [False, True, False, False]
+
+
+class TestMemory:
+    """What one worker sends, or does not read, costs the server little, and the others nothing."""
+
+    def test_log_faster_than_the_disk_is_waited_for(self) -> None:
+        """A store that commits nothing is the slowest disk there is."""
+
+        class Flood:
+            subprotocol, remote_address, close_code = VERSION_2, ("127.0.0.1", 5), 1006
+            sent = 0
+
+            async def recv(self) -> bytes:
+                return protocol.encode(protocol.Hello("chatty", 1, (), "0", ()))
+
+            async def __aiter__(self) -> AsyncIterator[bytes]:
+                while self.sent < 1_000:
+                    self.sent += 1
+                    yield protocol.encode(protocol.Log(1, 1, 0, b"x" * 500_000))
+                    await asyncio.sleep(0)
+
+        async def flood() -> int:
+            store, socket = Store(":memory:"), Flood()
+            dispatcher = Dispatcher(store, Configs([]), 60, time.time, write=lambda *_: None)
+            serving = asyncio.ensure_future(dispatcher.serve(socket))  # type: ignore[arg-type]
+            while not dispatcher.workers:
+                await asyncio.sleep(0)
+                if store._requests.qsize():
+                    store.commit_waiting()
+            for _ in range(5_000):
+                await asyncio.sleep(0)
+            serving.cancel()
+            return socket.sent * 500_000
+
+        assert asyncio.run(flood()) < 2 * MAX_UNSTORED_BYTES
+
+    def test_what_workers_write_does_not_stay_in_memory(self, stage: Stage) -> None:
+        server = stage.server()
+        with ScriptedWorker(server, "chatty") as worker:
+            server.post("quick")
+            job = worker.runs()
+            largest = 0
+            for number in range(300):
+                worker.send(protocol.Log(job.job, job.attempt, number * 500_000, b"x" * 500_000))
+                largest = max(largest, server.memory_kib() if number % 20 == 0 else 0)
+            assert server.get("/healthz")["status"] == "ok"
+        assert largest < MEMORY_LIMIT_KIB
+
+    def test_the_configs_go_out_once_and_at_each_change(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with ScriptedWorker(server, "asks") as worker:
+            for _ in range(3):
+                worker.send(protocol.Hello("asks", 1, (), "0", ((9, 9, "running"),)))
+                worker.next(protocol.Settled)
+            assert not [message for message in worker.inbox if isinstance(message, protocol.JobConfigs)]
+            server.signal(signal.SIGHUP)
+            worker.next(protocol.JobConfigs)
+
+    def test_a_worker_that_reads_nothing_is_left(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        unknown = tuple((job, 1, "running") for job in range(1, 20_001))
+        hello = protocol.encode(protocol.Hello("deaf", 1, (), "0", unknown))
+        url = f"ws://127.0.0.1:{server.port}/runner"
+        with connect(url, proxy=None, subprotocols=[VERSION_2], compression=None, max_size=None) as deaf:
+            with contextlib.suppress(ConnectionClosed):
+                for _ in range(2_000):  # each is answered by 20,000 Settled
+                    deaf.send(hello)
+            assert is_closed(deaf)
+        assert server.said("does not read what it is sent")
+        assert server.memory_kib() < MEMORY_LIMIT_KIB
+
+    @pytest.mark.parametrize(
+        "hello", [{"tags": ["t"] * 101}, {"tags": ["t" * 129]}, {"jobs": [[1, 1, "running"]] * 20_001}]
+    )
+    def test_a_hello_has_caps(self, stage: Stage, hello: dict[str, Any]) -> None:
+        server = stage.server("--hold")
+        url = f"ws://127.0.0.1:{server.port}/runner"
+        plain = {"name": "big", "slots": 1, "tags": [], "version": "0", "jobs": []}
+        with connect(url, proxy=None, subprotocols=[VERSION_2], compression=None) as peer:
+            peer.send(b"\x10" + json.dumps(plain | hello).encode())
+            assert is_closed(peer)
+        until(lambda: server.said("must be at most"))
+
+    def test_the_tags_that_workers_say_are_not_kept_for_ever(self) -> None:
+        configs = Configs([JobConfig("a", "busybox")])
+        for number in range(5_000):
+            assert configs.names_for((str(number),), 2) == {"a"}
+        assert len(configs._names) <= 1_000
+
+
+class TestReload:
+    """A jobs.yaml of 1 MB is read beside the loop."""
+
+    def test_workers_and_callers_are_served_meanwhile(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with ScriptedWorker(server, "pings") as worker:
+            entry = "- name: job-{}\n  image: busybox\n  command: [sh, -c, 'echo {}']\n  environment: {{A: b, C: d}}\n"
+            stage.jobs.write_text("".join(entry.format(n, n) for n in range(10_000)))
+            server.signal(signal.SIGHUP)
+            longest = 0.0
+            while not server.said("read .* again: 10000 jobs"):
+                begin = time.monotonic()
+                assert worker.socket.ping().wait(10)
+                server.get("/healthz")
+                longest = max(longest, time.monotonic() - begin)
+            assert longest < 1
+
+
+class TestGroups:
+    """Who asks for what is not there costs who writes nothing."""
+
+    @pytest.fixture
+    def store(self) -> Store:
+        return Store(":memory:")
+
+    def test_a_refusal_does_not_undo_its_group(self, store: Store) -> None:
+        said: list[str] = []
+        store._database.connection.set_trace_callback(said.append)
+        missing = [store.do(state.get_and_watch, 7, True), store.do(state.cancel, 7, 1.0), store.do(state.get, 7)]
+        added = store.do(state.add, [state.NewJob("a")], 1.0)
+        store.commit_waiting()
+        assert [future.result(0).kind for future in missing] == ["unknown"] * 3
+        assert added.result(0) == [1]
+        assert [sql for sql in said if "BEGIN" in sql or "COMMIT" in sql or "ROLLBACK" in sql] == [
+            "BEGIN IMMEDIATE",
+            "COMMIT",
+        ]
+        store.close()
+
+    def test_waits_that_end_leave_nothing(self, store: Store) -> None:
+        store.do(state.add, [state.NewJob("a")], 1.0)
+        store.commit_waiting()
+        for _ in range(100):
+            store.do(state.get_and_watch, 1, True)
+        store.commit_waiting()
+        assert len(store._database.watchers) == 1
+        store.do(state.cancel, 1, 1.0)
+        store.commit_waiting()
+        assert not store._database.watchers
+        store.close()
+
+
+class TestNames:
+    """What a worker is called decides nothing."""
+
+    def test_a_name_like_those_of_version_1_keeps_its_grace(self, stage: Stage) -> None:
+        server = stage.server()
+        with ScriptedWorker(server, "version-1-0a1b2c3d") as worker:
+            job = server.post("quick")
+            attempt = worker.runs().attempt
+        server.kill()
+        server.start()
+        until(lambda: server.get("/healthz"))
+        assert server.state(job) == "running"
+        with ScriptedWorker(server, "version-1-0a1b2c3d", jobs=((job, attempt, "running"),)) as worker:
+            assert worker.next(protocol.Logged).job == job
+
+
+class TestClock:
+    """Somebody sets the clock."""
+
+    class Clocks:
+        def __init__(self) -> None:
+            self.now, self.steady_now = 1_000_000.0, 5.0
+            self.jumps: list[float] = []
+            self.watched = WatchedClock(self.jumps.append, lambda: self.now, lambda: self.steady_now)
+
+        def passes(self, seconds: float) -> None:
+            self.now += seconds
+            self.steady_now += seconds
+
+    @pytest.mark.parametrize("jump", [-3600.0, 40 * 86400.0, -CLOCK_JUMP_SECONDS])
+    def test_it_is_seen_before_the_next_time_is_given(self, jump: float) -> None:
+        clocks = self.Clocks()
+        clocks.passes(10)
+        assert (clocks.watched(), clocks.jumps) == (1_000_010.0, [])
+        clocks.now += jump
+        assert (clocks.watched(), clocks.jumps) == (1_000_010.0 + jump, [jump])
+        clocks.passes(10)
+        clocks.watched()
+        assert clocks.jumps == [jump]
+
+    def test_nothing_is_pruned_for_a_while(self) -> None:
+        clocks = self.Clocks()
+        assert not clocks.watched.was_set_lately()
+        clocks.now += 40 * 86400
+        clocks.watched()
+        assert clocks.watched.was_set_lately()
+        clocks.passes(DISTRUST_SECONDS)
+        assert not clocks.watched.was_set_lately()
+
+    def test_one_that_runs_a_little_fast_is_none_that_was_set(self) -> None:
+        clocks = self.Clocks()
+        for _ in range(1000):
+            clocks.passes(1)
+            clocks.now += 0.01
+            clocks.watched()
+        assert clocks.jumps == []
+
+    def test_a_delay_goes_on_as_long_as_it_was_to_be(self) -> None:
+        store = Store(":memory:")
+        store.do(state.add, [state.NewJob("a", delay=3), state.NewJob("b")], 5_000.0)
+        store.do(state.shift_delays, -3600.0)
+        store.commit_waiting()
+        row = store._database.one(state.GET_JOB, 1)
+        assert row["not_before"] == 5_000.0 + 3 - 3600
+        store.close()
+
+    def test_a_clock_set_back_while_the_server_was_down_makes_no_delay_longer(self) -> None:
+        store = Store(":memory:")
+        store.do(state.add, [state.NewJob("a", delay=3)], 5_000.0)
+        store.do(state.resume, 1_400.0)
+        store.commit_waiting()
+        assert store._database.one(state.GET_JOB, 1)["not_before"] == 1_403.0
+        store.close()
+
+
+class TestIdempotency:
+    """A key belongs to a route and a body, compared as values, and is looked up before anything else."""
+
+    def ask(self, server: Server, path: str, body: Any, key: str = "k", status: int = 200) -> Any:
+        reply = server.http("POST", path, body, headers={"Idempotency-Key": key})
+        return reply.json if reply.status == status == 200 else problem(reply, status)
+
+    def test_the_same_body_in_other_words_is_the_same(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        job = self.ask(server, "/api/jobs/quick", b'{"priority": 5, "delay": 1.5}')
+        assert self.ask(server, "/api/jobs/quick", b'{"delay": 1.50, "priority":5}') == job
+        assert len(server.get("/api/jobs")) == 1
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/api/jobs/quick", {"priority": 6}),
+            ("/api/jobs/quick", {"delay": 60, "priority": 5}),
+            ("/api/jobs/hello-world", {"priority": 5}),
+            ("/api/jobs", [{"name": "quick", "priority": 5}]),
+            ("/api/jobs/1/retry", None),
+        ],
+    )
+    def test_another_request_is_a_conflict(self, stage: Stage, path: str, body: Any) -> None:
+        server = stage.server("--hold")
+        self.ask(server, "/api/jobs/quick", {"priority": 5})
+        server.http("DELETE", "/api/jobs/1")
+        assert "which is another request" in self.ask(server, path, body, status=409)
+        assert len(server.get("/api/jobs")) == 1
+
+    def test_a_list_and_its_entries_have_keys_of_their_own(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        listed = self.ask(server, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L")
+        single = self.ask(server, "/api/jobs/quick", None, "L/0")
+        assert single["id"] not in [job["id"] for job in listed]
+        assert self.ask(server, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L") == listed
+        self.ask(server, "/api/jobs", [{"name": "quick"}] * 3, "L", 409)
+        assert len(server.get("/api/jobs")) == 3
+
+    def test_a_repeat_is_answered_also_when_nothing_new_would_be_taken(self, stage: Stage) -> None:
+        server = stage.server()
+        with ScriptedWorker(server) as worker:
+            job = self.ask(server, "/api/jobs/quick", None)
+            worker.runs()
+        until(lambda: not server.get("/api/workers"))
+        assert server.ended(job["id"])["reason"] == "lost"
+        problem(server.http("POST", "/api/jobs/quick"), 500)
+        stage.jobs.write_text("- {name: other, image: busybox}")
+        server.signal(signal.SIGHUP)
+        until(lambda: server.said("again: 1 jobs"))
+        again = self.ask(server, "/api/jobs/quick", None)
+        assert (again["id"], again["running"]) == (job["id"], False)
+
+
+class TestVersion1Configs:
+    """What a version 1 worker is told."""
+
+    def test_an_empty_command_is_one(self, stage: Stage) -> None:
+        server = stage.server("--hold", jobs="- {name: a, image: busybox, command: ''}\n- {name: b, image: busybox}\n")
+        with ScriptedWorker(server) as worker:
+            assert [config["command"] for config in worker.configs] == ["", None]
+
+
+def test_chance_is_an_argument() -> None:
+    """The same chance gives the same delays: what a simulation relies on."""
+    config = JobConfig("a", "busybox", retries=9)
+    first, second = (
+        [Configs([config], random.Random(4)).retry_delay("a", failures) for failures in range(1, 9)] for _ in range(2)
+    )
+    assert first == second
