@@ -25,15 +25,15 @@ def copy_of(
     if shutil.disk_usage(folder).free < pages * page_bytes * 1.1:
         raise OSError(f"{folder} has no room for another {pages * page_bytes:,} bytes")
     number, temporary = tempfile.mkstemp(prefix=f"{name}.copy-", dir=folder)
-    file = os.fdopen(number, "rb")
+    file = os.fdopen(number, "r+b")
     try:
         target = sqlite3.connect(temporary, isolation_level=None)
         Path(temporary).unlink()  # SQLite has it open: now nothing is left of it, whatever ends us
         try:
-            for setting in ("synchronous = OFF", "journal_mode = OFF", "locking_mode = EXCLUSIVE"):
-                target.execute(f"PRAGMA {setting}")
+            target.execute("PRAGMA synchronous = OFF")
+            target.execute("PRAGMA journal_mode = OFF")
             source.backup(target, pages=PAGES_A_STEP, progress=between_steps)
-            target.execute("PRAGMA journal_mode = OFF")  # the copied header says WAL
+            _end_wal(number)
             target.execute("UPDATE server SET id = ?", (server_id,))
         finally:
             target.close()
@@ -41,3 +41,14 @@ def copy_of(
         file.close()
         raise
     return file
+
+
+def _end_wal(number: int) -> None:
+    """Let the copied header say that there is no WAL: SQLite would make one, and can't beside a file without a name.
+
+    https://www.sqlite.org/fileformat.html#the_database_header: the versions are at 18. The change counter at 24 has
+    the connection read the header again.
+    """
+    os.pwrite(number, b"\1\1", 18)
+    counter = int.from_bytes(os.pread(number, 4, 24))
+    os.pwrite(number, ((counter + 1) % 2**32).to_bytes(4), 24)
