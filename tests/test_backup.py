@@ -182,7 +182,7 @@ class TestCopy:
         idle, copying = [], []
         for _ in range(3):
             with Posting(server, 4) as posting:
-                posting.until(500)
+                posting.until(200)
             idle.append(max(posting.seconds))
             with Posting(server, 4) as posting:
                 saved(server, stage.folder / "copy.db")
