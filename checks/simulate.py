@@ -52,6 +52,7 @@ from jobworker.store import Store, StoreError
 
 EPOCH = 1_790_000_000.0
 GRACE_SECONDS = 8.0
+OPTIONS = argparse.Namespace(grace=GRACE_SECONDS, keep=0)
 STORM_SECONDS = 40.0
 CALM_SECONDS = 400.0
 FAULTS = 60
@@ -553,8 +554,8 @@ class PlayedServer:
         self.world = world
         self.store = PlayedStore(world, self.deliver)
         configs = Configs(world.jobs.values(), world.chance)
-        self.dispatcher = server.Dispatcher(self.store, configs, GRACE_SECONDS, world.wall, world.chance, put)
-        self.core = server.Core(self.store, self.dispatcher, 0, world.wall, world.loop.time)
+        outside = server.Outside(world.wall, world.loop.time, world.chance, put)
+        self.core = server.Core(self.store, configs, OPTIONS, outside)
         self.links: list[Link] = []
         self.ready = False
         self.life = Life()
@@ -576,7 +577,7 @@ class PlayedServer:
     def accept(self) -> Link:
         link = Link(self.world, self.store.server_id)
         self.links = [each for each in self.links if each.far.end is None] + [link]
-        self.life.start(self.dispatcher.serve(link.far))  # type: ignore[arg-type]
+        self.life.start(self.core.dispatcher.serve(link.far))  # type: ignore[arg-type]
         return link
 
     def kill(self) -> None:
@@ -722,7 +723,7 @@ class World:
         jobs = [
             state.NewJob(name, {"PLAN": json.dumps(self.plan())}, 0, self.chance.choice((0, 0, 3))) for name in names
         ]
-        self.spawn(self.ask(self.note_accepted, state.add, jobs, self.wall(), True))
+        self.spawn(self.ask(self.note_accepted, state.add, jobs))
 
     def plan(self) -> dict[str, Any]:
         seconds = self.chance.choice((0, 0.2, 1, 3, 8))
@@ -737,6 +738,8 @@ class World:
         if serving is None or not serving.ready:
             return
         with contextlib.suppress(StoreError):
+            if function is not state.get:
+                args = (*args, serving.core.clock())
             answer = await asyncio.wrap_future(serving.store.do(function, *args))
             if serving is self.server and not isinstance(answer, state.Refusal):
                 then(answer)
@@ -751,13 +754,13 @@ class World:
 
     def cancel(self) -> None:
         job = self.some_job()
-        self.spawn(self.ask(lambda _row: self.tell(f"job {job} is to be cancelled"), state.cancel, job, self.wall()))
+        self.spawn(self.ask(lambda _row: self.tell(f"job {job} is to be cancelled"), state.cancel, job))
 
     def retry(self) -> None:
         def again(row: sqlite3.Row) -> None:
             if row["state"] in FINAL and row["name"] in self.jobs:
                 job = state.NewJob(row["name"], json.loads(row["environment"]))
-                self.spawn(self.ask(self.note_accepted, state.add, [job], self.wall(), True))
+                self.spawn(self.ask(self.note_accepted, state.add, [job]))
 
         self.spawn(self.ask(again, state.get, self.some_job()))
 
@@ -766,7 +769,7 @@ class World:
             self.jobs["leaves"] = JOBS["leaves"]
         if self.server:
             configs = Configs(self.jobs.values(), self.chance)
-            self.server.dispatcher.reload(configs, server.config_frames(configs))
+            self.server.core.dispatcher.reload(configs, server.config_frames(configs))
             self.server.core.end_gone()
 
     def kill_server(self) -> None:
@@ -964,8 +967,8 @@ def play(seed: int, verbose: bool = False) -> Outcome:
 
 def set_up() -> None:
     """In each process: fewer beats a virtual second, and no log but with -v."""
-    server.TICK_SECONDS = 1.0
-    client.LOG_FLUSH_SECONDS = 1.0  # type: ignore[attr-defined]
+    server.TICK_SECONDS = 2.5
+    client.LOG_FLUSH_SECONDS = 2.0  # type: ignore[attr-defined]
     logging.disable(logging.CRITICAL)
 
 
