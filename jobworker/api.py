@@ -25,7 +25,7 @@ from jobworker.config import Configs, JobConfig, check_parameters
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
 from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
-from jobworker.store import Store, StoreError
+from jobworker.store import CopyUnderWayError, Store, StoreError
 from jobworker.web import ApiError, Request, Response, as_json
 
 HEARTBEAT_SECONDS = 15
@@ -34,6 +34,7 @@ MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_LOG_OFFSET = 2**62
 PAGE_JOBS = 1_000
+COPY_PIECE_BYTES = 256 * 1024
 MAX_PAGE_JOBS = 10_000
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
 HERE = Path(__file__).resolve().parent
@@ -48,6 +49,7 @@ TEXT = "text/plain; charset=utf-8"
 EVENTS = "text/event-stream; charset=utf-8"
 METRICS = "text/plain; version=0.0.4; charset=utf-8"
 HTML = "text/html; charset=utf-8"
+SQLITE = "application/vnd.sqlite3"
 
 log = logging.getLogger("server")
 
@@ -278,7 +280,7 @@ class Api:
         self.events = Events(store, self._show)
 
     def answer(self, request: Request) -> Response:
-        """Answer a request. Raises ApiError, and nothing else."""
+        """Answer a request. Raises ApiError, ConnectionAbortedError where the caller has gone, and nothing else."""
         try:
             method = "GET" if request.method == "HEAD" else request.method
             allowed = []
@@ -288,7 +290,7 @@ class Api:
                         return route.answer(self, request, match.groups())
                     allowed.append(route.method)
             raise _no_route(request, allowed)
-        except ApiError:
+        except (ApiError, ConnectionAbortedError):
             raise
         except StoreError as error:
             raise ApiError(HTTPStatus.INSUFFICIENT_STORAGE, f"nothing was changed: {error}") from error
@@ -542,6 +544,21 @@ class Api:
         text = metrics_text(overview, self._do(state.workers), self._do(state.totals))
         return Response(text.encode(), content_type=METRICS)
 
+    def get_backup(self, request: Request) -> Response:
+        """A copy of the database, to be put in place of a lost one.
+
+        It holds every job accepted before this request, and most of those accepted while it is made; nobody has to wait
+        for it. It has a server identity of its own. One copy is made at a time.
+        """
+        headers = {"Content-Disposition": time.strftime('attachment; filename="jobs-%Y%m%dT%H%M%SZ.db"', time.gmtime())}
+        if request.method == "HEAD":
+            return Response(iter(()), content_type=SQLITE, headers=headers)
+        try:
+            file = self.store.backup(request.caller_is_gone)
+        except CopyUnderWayError:
+            raise ApiError(HTTPStatus.CONFLICT, "another copy is being made; ask again in a moment") from None
+        return Response(iter(lambda: file.read(COPY_PIECE_BYTES), b""), content_type=SQLITE, headers=headers)
+
     def get_description(self, request: Request) -> Response:  # noqa: ARG002
         """This description, as OpenAPI 3.1."""
         return Response(description())
@@ -644,6 +661,7 @@ ROUTES = [
     Route("GET", "/api/configs", Api.list_configs, (), "Config[]", "server", {507: None}),
     Route("GET", "/api/events", Api.listen, (LAST_EVENT_ID,), EVENTS, "server"),
     Route("GET", "/healthz", Api.get_health, (), "Health", "server", OPEN | {503: "Failing"}),
+    Route("GET", "/api/backup", Api.get_backup, (), SQLITE, "server", {409: "CopyUnderWay"}),
     Route("GET", "/metrics", Api.get_metrics, (), METRICS, "server"),
     Route("GET", "/openapi.json", Api.get_description, (), "Description", "server", {507: None}),
     Route("GET", "/", Api.get_dashboard, (), HTML, "server", OPEN),

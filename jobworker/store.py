@@ -21,8 +21,10 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
+from jobworker.backup import copy_of
 from jobworker.state import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION, Database, Notes, Order
 
 GROUP_LIMIT = 1_000
@@ -33,6 +35,10 @@ Callback = Callable[[Any], None]
 
 class StoreError(Exception):
     """The database could not do it: disk full, an I/O error, another server on the file."""
+
+
+class CopyUnderWayError(Exception):
+    """One copy of the database is made at a time."""
 
 
 class _Request(NamedTuple):
@@ -66,6 +72,9 @@ class Store:
         """
         self.error: str | None = None
         self.broken = False
+        self._path = None if path == ":memory:" else Path(path).absolute()
+        self._copying = threading.Lock()
+        self._copy: tuple[Future[BinaryIO], Callable[[], bool]] | None = None
         self._deliver = deliver
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
@@ -73,6 +82,7 @@ class Store:
             self._database = _open(path, chance or random.Random())
         except sqlite3.Error as error:
             raise StoreError(_explain(path, error)) from error
+        self._file = self._path and _identity(self._path)
         self.server_id: str = self._database.one("SELECT id FROM server")[0]
 
     def start(self) -> "Store":
@@ -92,6 +102,22 @@ class Store:
         """Have function(database, *args) run; its result, or exception, goes to the callback through `deliver`."""
         self._requests.put(_Request(function, args, None, callback))
 
+    def backup(self, caller_is_gone: Callable[[], bool]) -> BinaryIO:
+        """Copy the database, and wait for it; the copy holds every job whose `do` was done before.
+
+        Raises CopyUnderWayError, StoreError where there is no room for it, and ConnectionAbortedError once the caller
+        is gone.
+        """
+        if not self._copying.acquire(blocking=False):
+            raise CopyUnderWayError
+        try:
+            copy: Future[BinaryIO] = Future()
+            self._copy = copy, caller_is_gone
+            self.do(lambda _database: None)  # wakes the thread
+            return copy.result()
+        finally:
+            self._copying.release()
+
     def close(self) -> None:
         """Finish what is queued and close the file."""
         self._requests.put(None)
@@ -102,8 +128,33 @@ class Store:
 
     def _run(self) -> None:
         while self.commit_waiting():
-            pass
+            if self._copy:
+                self._make_copy(*self._copy)
+        if self._copy:
+            self._copy[0].set_exception(StoreError("the server stops"))
         self._database.connection.close()
+
+    def _make_copy(self, copy: "Future[BinaryIO]", caller_is_gone: Callable[[], bool]) -> None:
+        """Copy the database step by step, and commit what waits between the steps."""
+        self._copy = None
+
+        def between_steps(*_pages: int) -> None:
+            if caller_is_gone():
+                raise ConnectionAbortedError
+            if not self._requests.empty() and not self.commit_waiting():
+                self._requests.put(None)
+                raise StoreError("no copy was made: the server stops")
+            if self.broken:
+                raise StoreError(self.error)
+
+        try:
+            server_id = f"{self._database.chance.getrandbits(32):08x}"
+            copy.set_result(copy_of(self._database.connection, self._path, server_id, between_steps))
+        except (StoreError, ConnectionAbortedError) as error:
+            copy.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - as for any other request
+            _log.error("no copy was made: %s", error)
+            copy.set_exception(StoreError(f"no copy was made: {error}"))
 
     def commit_waiting(self) -> bool:
         """Wait for a request, and commit it with all others that wait; False once the store is closed."""
@@ -118,6 +169,7 @@ class Store:
     def _commit(self, group: list[_Request], alone: bool = False) -> bool:
         """Run a group in one transaction and hand out the results; False: it failed and nothing of it happened."""
         database = self._database
+        self._check_file()
         if self.broken:
             self._fail(group, StoreError(self.error))
             return True
@@ -138,13 +190,21 @@ class Store:
         self._hand_out(group, results, notes)
         return True
 
+    def _check_file(self) -> None:
+        """Take nothing more once the file is deleted or replaced: SQLite would go on writing to what nobody finds."""
+        if self._path and not self.broken and _identity(self._path) != self._file:
+            self.error, self.broken = f"database: {self._path} was deleted or replaced", True
+            _log.error("%s", self.error)
+
     def _failure(self, error: Exception) -> Exception:
         if not isinstance(error, sqlite3.Error):
             return error
         self.error = f"database: {error}"
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-        # After a failed write or fsync nobody knows what is on disk: only a restart reads it anew.
-        self.broken = self.broken or code in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+        # After a failed fsync nobody knows what is on disk: only a restart reads it anew. A write that fails is of a
+        # quota or a limit, as of a full disk (which is SQLITE_FULL): nothing was committed, a later one may succeed.
+        broken = code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+        self.broken = self.broken or (broken and code != sqlite3.SQLITE_IOERR_WRITE)
         _log.error("%s", self.error)
         return StoreError(self.error)
 
@@ -167,6 +227,14 @@ class Store:
     def _tell_loop(self, calls: list[tuple[Callback, Any]], ready: bool, orders: list[Order]) -> None:
         if self._deliver and (calls or ready or orders):
             self._deliver(Commit(calls, ready, orders))
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _open(path: str, chance: random.Random) -> Database:
