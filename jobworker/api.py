@@ -29,7 +29,7 @@ from jobworker.store import CopyUnderWayError, Store, StoreError
 from jobworker.web import ApiError, Request, Response, as_json
 
 HEARTBEAT_SECONDS = 15
-FOLLOW_CHECK_SECONDS = 5
+CHECK_SECONDS = 2  # between looks whether who waits, or reads, is still there
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_LOG_OFFSET = 2**62
@@ -316,7 +316,7 @@ class Api:
         (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
         if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
-        row = self._wait(id_, wait)
+        row = self._wait(request, id_, wait)
         return Response(as_json(self._show([row])[0] if full else job_json(id_, name, row["state"])))
 
     def list_jobs(
@@ -381,25 +381,26 @@ class Api:
             ids = self._do(state.add, jobs(), self.clock(), self.hold, key)
         return ids
 
-    def get_job(self, request: Request, id_: int, wait: float) -> Response:  # noqa: ARG002
+    def get_job(self, request: Request, id_: int, wait: float) -> Response:
         """A job in full.
 
         With `wait` the answer comes when the job is final, or after that time with the job as it then is.
         """
-        return Response(as_json(self._show([self._wait(id_, wait)])[0]))
+        return Response(as_json(self._show([self._wait(request, id_, wait)])[0]))
 
-    def _wait(self, job: int, wait: float) -> sqlite3.Row:
-        """Give a job's row once it is final, or as it is after `wait` seconds."""
+    def _wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
+        """Give a job's row once it is final, or as it is after `wait` seconds, as long as the caller is there."""
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
             row, changed = self._do(state.get_and_watch, job, wait > 0)
             if changed is None:
                 return row
-            try:
-                changed.result(max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                wait = 0
+            while not changed.done() and (wait := max(deadline - time.monotonic(), 0)):
+                with contextlib.suppress(TimeoutError):
+                    changed.result(min(wait, CHECK_SECONDS))
+                if request.caller_is_gone():
+                    raise ConnectionAbortedError
 
     def _show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
         """Give jobs in full, with why each of them waits."""
@@ -486,7 +487,7 @@ class Api:
             while not changed.done():
                 yield b""  # is the reader still there?
                 with contextlib.suppress(TimeoutError):
-                    changed.result(FOLLOW_CHECK_SECONDS)
+                    changed.result(CHECK_SECONDS)
 
     def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
         """List the connected workers, by id."""
@@ -701,11 +702,13 @@ class Events:
             yield server_sent("reset", {}, newest.id)
             tick = newest
         while True:
-            try:
-                tick.next.result(HEARTBEAT_SECONDS)
-            except TimeoutError:
-                yield b":\n\n"
-                continue
+            spoken = time.monotonic()
+            while not tick.next.done():
+                with contextlib.suppress(TimeoutError):
+                    tick.next.result(min(CHECK_SECONDS, HEARTBEAT_SECONDS))
+                silent = time.monotonic() - spoken >= HEARTBEAT_SECONDS
+                spoken = time.monotonic() if silent else spoken
+                yield b":\n\n" if silent else b""
             ticks = list(ticks_after(tick))
             yield self._render(tick.id, ticks)
             tick = ticks[-1]

@@ -38,6 +38,8 @@ SPARE_THREADS = 256  # for connections that were evicted and have not noticed ye
 MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
 MAX_BODY_BYTES = 8 * 1024 * 1024
+LARGE_BODY_BYTES = 256 * 1024
+LARGE_BODIES = 4  # read at once; one at a time is answered, as a list of 8 MiB takes 150 MiB
 IDLE_SECONDS = 30
 HEAD_SECONDS = 10
 BODY_SECONDS = 30
@@ -165,6 +167,8 @@ class HttpServer(ThreadingHTTPServer):
         self.answer, self.runner, self.access = answer, runner, access
         self.places: dict[HttpConnection, Place] = {}
         self.threads = threading.Semaphore(MAX_CONNECTIONS + SPARE_THREADS)
+        self.reading = threading.Semaphore(LARGE_BODIES)
+        self.answering = threading.Semaphore(1)
         self.next_check = 0.0
         super().__init__(address, HttpConnection)
 
@@ -258,10 +262,13 @@ class HttpConnection(BaseHTTPRequestHandler):
             self.rfile.read(len(head) + 4)
             request = parse_head(head)
             self.server.access.check(request)
-            request.body = self._read_body(request)
-            self._wait_until(math.inf, time.monotonic() + 1)
             request.caller_is_gone = self._caller_is_gone
-            response = self.server.answer(request)
+            if request.content_length > LARGE_BODY_BYTES:
+                response = self._answer_large(request)
+            else:
+                request.body = self._read_body(request)
+                self._wait_until(math.inf, time.monotonic() + 1)
+                response = self.server.answer(request)
         except BadFraming as error:
             self._respond(problem(error))
             self._linger()
@@ -273,6 +280,19 @@ class HttpConnection(BaseHTTPRequestHandler):
         self._respond(response, request)
         if unread:
             self._linger()
+
+    def _answer_large(self, request: Request) -> Response:
+        """Answer a request with a large body, when it has room in memory. Raises ApiError where that takes too long."""
+        with contextlib.ExitStack() as stack:
+            for room in (self.server.reading, self.server.answering):
+                if not room.acquire(timeout=BODY_SECONDS):
+                    detail = "too many large requests at once: try again, or send smaller ones"
+                    raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "5"})
+                stack.callback(room.release)
+                if room is self.server.reading:
+                    request.body = self._read_body(request)
+            self._wait_until(math.inf, time.monotonic() + 1)
+            return self.server.answer(request)
 
     def _wait_until(self, until: float, evictable_from: float = 0.0) -> None:
         """Begin the next wait. Raises ConnectionAbortedError where this connection was evicted."""
