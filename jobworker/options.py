@@ -1,7 +1,8 @@
-"""What both command lines do alike: the log."""
+"""What both command lines do alike: the log, and the limit of open files."""
 
 import logging
 import re
+import resource
 
 
 def quiet_logger() -> logging.Logger:
@@ -24,3 +25,9 @@ def start_logging(verbose: bool) -> None:
     stream = logging.StreamHandler()
     stream.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
+
+
+def raise_limit_of_files() -> None:
+    """Take as many descriptors as the system gives: each worker, each request and each container has some."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
