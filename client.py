@@ -20,7 +20,6 @@ label, when it starts again, what it ran, and goes on:
 import argparse
 import asyncio
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -28,10 +27,7 @@ import random
 import re
 import shutil
 import signal
-import socket
-import stat
 import subprocess
-import tempfile
 import threading
 import time
 from collections import deque
@@ -42,7 +38,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -52,8 +48,18 @@ import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
+from jobworker.identity import hold_name
 from jobworker.life import End, Life
-from jobworker.options import quiet_logger, raise_limit_of_files, start_logging
+from jobworker.options import (
+    OptionError,
+    command_line,
+    quiet_logger,
+    raise_limit_of_files,
+    read_tokens,
+    setting,
+    settings,
+    start_logging,
+)
 from jobworker.orphans import end_orphans
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
 from protocol import (
@@ -705,42 +711,6 @@ def explain(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def hold_name(name: str | None) -> tuple[str, int]:
-    """Give a name that no other worker on this host has, and the file descriptor whose lock holds it.
-
-    By default the host's name with the lowest free number, so that a worker that starts again is itself again.
-    Raises FatalError where the given name is in use.
-    """
-    folder = open_own_folder(Path(tempfile.gettempdir()) / f"jobworker-{os.getuid()}")
-    host = socket.gethostname()
-    for candidate in [name] if name else (f"{host}-{number}" for number in range(1, 10_000)):
-        lock = f"{quote(candidate, safe='')}.lock"
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
-        except OSError as error:
-            raise FatalError(f"the lock of {candidate} can't be had: {error}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-        else:
-            return candidate, file
-    raise FatalError(f"a worker named {name} runs on this host already; give each a --name of its own")
-
-
-def open_own_folder(path: Path) -> int:
-    """Give a file descriptor of a folder that nobody else can write to. Raises FatalError where it is another's."""
-    path.mkdir(mode=0o700, exist_ok=True)
-    try:
-        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise FatalError(f"{path} must be a folder: {error}; remove it, or set TMPDIR") from error
-    status = os.fstat(folder)
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        raise FatalError(f"{path} must be yours alone, mode 700: it is another's, or open to others; or set TMPDIR")
-    return folder
-
-
 def destination(text: str) -> str:
     """Give the URL of `host:port/path`, as the original takes it, or of a ws:// or wss:// URL."""
     url = text if re.match("wss?://", text) else f"ws://{text}"
@@ -766,40 +736,28 @@ def worker_name(text: str) -> str:
     return text
 
 
-def read_token(path: str | None) -> str | None:
-    """Give the worker's token from a token file: `worker TOKEN` or `TOKEN`. Raises FatalError."""
+def worker_token(path: Path | None) -> str | None:
+    """Give the first token for workers in the token file, if there is one. Raises OptionError where it has none."""
     if path is None:
         return None
-    try:
-        lines = [line.split() for line in Path(path).read_text().splitlines() if line[:1] != "#"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FatalError(f"{path}: can't be read as a token file: {error}") from error
-    for words in lines:
-        if len(words) == 1 or (len(words) == 2 and words[0] == "worker"):
-            return words[-1]
-    raise FatalError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
+    for *scope, token in read_tokens(path):
+        if scope in ([], ["worker"]):
+            return token
+    raise OptionError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}") or otherwise
-
-    def defaults(name: str) -> list[str]:
-        return [word for word in (default(name) or "").split(",") if word]
-
-    parser = argparse.ArgumentParser(description="A jobworker worker.", epilog="Options may be set as JOBWORKER_….")
+    parser = command_line("A jobworker worker.", VERSION)
     parser.add_argument("uri", metavar="DESTINATION", type=destination, help="localhost:8080/runner, or a wss:// URL")
-    parser.add_argument("-V", "--version", action="version", version=f"jobworker {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("--name", type=worker_name, default=default("NAME"), help="the host's name and a number")
-    parser.add_argument("--slots", type=slots, default=default("SLOTS", "1"), help="how many jobs at once (1)")
+    parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="the host's name and a number")
+    parser.add_argument("--slots", type=slots, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
     parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")
-    parser.add_argument("--token-file", default=default("TOKEN_FILE"), help="the token the server asks for")
-    parser.add_argument("--docker", default=default("DOCKER", "docker"), help="the command (docker)")
+    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
+    parser.add_argument("--docker", default=setting("DOCKER", "docker"), help="the command (docker)")
     parser.add_argument("--allow-image", action="append", metavar="GLOB", help="run only images like this")
     options = parser.parse_args(arguments)
-    options.tags = options.tags or defaults("TAGS")
-    options.allow_image = options.allow_image or defaults("ALLOW_IMAGE")
+    options.tags = options.tags or settings("TAGS")
+    options.allow_image = options.allow_image or settings("ALLOW_IMAGE")
     return options
 
 
@@ -807,12 +765,12 @@ def main() -> int:
     options = parse_options()
     start_logging(options.verbose)
     try:
-        options.token = read_token(options.token_file)
+        options.token = worker_token(options.token_file)
         if shutil.which(options.docker) is None:
             raise FatalError(f"there is no command {options.docker!r}: install Docker, or name another with --docker")
         name, _lock = hold_name(options.name)
         raise_limit_of_files()
-    except FatalError as error:
+    except (FatalError, OptionError) as error:
         log.critical("%s", error)
         return 2
     try:

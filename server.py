@@ -39,7 +39,15 @@ import protocol
 from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
-from jobworker.options import quiet_logger, raise_limit_of_files, start_logging
+from jobworker.options import (
+    OptionError,
+    command_line,
+    quiet_logger,
+    raise_limit_of_files,
+    read_tokens,
+    setting,
+    start_logging,
+)
 from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
 from jobworker.store import Commit, Store, StoreError
 from jobworker.web import Access, HttpServer, RunnerListener
@@ -183,7 +191,7 @@ class Dispatcher:
         store: Store,
         configs: Configs,
         grace: float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float],
         chance: random.Random | None = None,
         write: Write = write_without_waiting,
     ) -> None:
@@ -449,58 +457,73 @@ def read_configs(path: Path) -> tuple[Configs, dict[int, bytes]]:
     return configs, config_frames(configs)
 
 
-class ClockWatch:
-    """Notices when somebody sets the clock.
-
-    clock: seconds since the epoch, which may be set; steady: seconds that go on also while the machine sleeps.
-    """
-
-    def __init__(self, clock: Callable[[], float], steady: Callable[[], float]) -> None:
-        self._clock, self._steady = clock, steady
-        self._offset = clock() - steady()
-        self._trusted_from = steady()
-
-    def jump(self) -> float:
-        """By how many seconds the clock was set since the last call; 0 where it went on as it should."""
-        offset = self._clock() - self._steady()
-        jump = offset - self._offset
-        self._offset = offset
-        if abs(jump) < CLOCK_JUMP_SECONDS:
-            return 0.0
-        self._trusted_from = self._steady() + DISTRUST_SECONDS
-        return jump
-
-    @property
-    def is_trusted(self) -> bool:
-        """Whether the clock was not set for a while: what is pruned for its age is not to be had back."""
-        return self._steady() >= self._trusted_from
+Clock = Callable[[], float]
 
 
 def steady_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-class Core:
-    """Store and dispatcher at work: carries out what commits leave to do and what time brings. No sockets, no signals.
+class WatchedClock:
+    """Seconds since the epoch, and a look at whether somebody has set the clock.
 
-    keep: seconds for which ended jobs stay; 0: for ever.
+    clock: what may be set; steady: seconds that go on also while the machine sleeps. on_jump: called with the seconds
+    by which it was set, before the first time after that is given. May be read from any thread.
     """
 
     def __init__(
-        self,
-        store: Store,
-        dispatcher: Dispatcher,
-        keep: float,
-        clock: Callable[[], float] = time.time,
-        steady: Callable[[], float] = steady_clock,
+        self, on_jump: Callable[[float], object], clock: Clock = time.time, steady: Clock = steady_clock
     ) -> None:
-        self.store, self.dispatcher, self._keep, self._clock = store, dispatcher, keep, clock
-        self._clock_watch = ClockWatch(clock, steady)
+        self._on_jump, self._clock, self._steady = on_jump, clock, steady
+        self._offset = clock() - steady()
+        self._trusted_from = steady()
+        self._lock = threading.Lock()
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = self._clock()
+            offset = now - self._steady()
+            jump, self._offset = offset - self._offset, offset
+            if abs(jump) >= CLOCK_JUMP_SECONDS:
+                self._trusted_from = self._steady() + DISTRUST_SECONDS
+                self._on_jump(jump)
+            return now
+
+    def was_set_lately(self) -> bool:
+        """Whether it was set within the last hour: what is pruned for its age is not to be had back."""
+        return self._steady() < self._trusted_from
+
+
+@dataclass(frozen=True)
+class Outside:
+    """What the core needs of the world. clock: seconds since the epoch; steady: seconds that nobody can set."""
+
+    clock: Clock = time.time
+    steady: Clock = steady_clock
+    chance: random.Random | None = None
+    write: Write = write_without_waiting
+
+
+class Core:
+    """Store and dispatcher at work: carries out what commits leave to do and what time brings. No sockets, no signals.
+
+    options: `grace` and `keep`, in seconds.
+    """
+
+    def __init__(self, store: Store, configs: Configs, options: argparse.Namespace, outside: Outside) -> None:
+        self.store = store
+        self.clock = WatchedClock(self._on_jump, outside.clock, outside.steady)
+        self.dispatcher = Dispatcher(store, configs, options.grace, self.clock, outside.chance, outside.write)
+        self._keep: float = options.keep
+
+    def _on_jump(self, seconds: float) -> None:
+        log.warning("the clock was set %s by %.0f s", "ahead" if seconds > 0 else "back", abs(seconds))
+        self.store.do(state.shift_delays, seconds)
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""
-        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume)))
-        await asyncio.wrap_future(self.store.do(state.tick, self._clock()))
+        self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self.clock())))
+        await asyncio.wrap_future(self.store.do(state.tick, self.clock()))
         self.end_gone()
 
     def on_commit(self, commit: Commit) -> None:
@@ -532,15 +555,12 @@ class Core:
         log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
 
     def _tick(self) -> None:
-        if jump := self._clock_watch.jump():
-            log.warning("the clock was set %s by %.0f s", "ahead" if jump > 0 else "back", abs(jump))
-            self.store.do(state.shift_delays, jump)
         if self.store.error:
             self.store.do(state.probe)
         else:
-            self.store.do(state.make_due, self._clock())
+            self.store.do(state.make_due, self.clock())
         self.dispatcher.tick()
-        self.store.do(state.tick, self._clock())
+        self.store.do(state.tick, self.clock())
 
     def end_gone(self) -> None:
         """End what is queued under names that jobs.yaml has no more."""
@@ -550,15 +570,15 @@ class Core:
                 self.end_gone()
 
         names = frozenset(self.dispatcher.configs.by_name)
-        self.store.do_then(ended, state.end_gone, names, self._clock(), GONE_JOBS)
+        self.store.do_then(ended, state.end_gone, names, self.clock(), GONE_JOBS)
 
     def _prune(self) -> None:
         def pruned(count: int | Exception) -> None:
             if count == PRUNE_JOBS:  # some at a time, with room for others between
                 self._prune()
 
-        if self._keep and self._clock_watch.is_trusted:
-            self.store.do_then(pruned, state.prune, self._clock() - self._keep, PRUNE_JOBS)
+        if self._keep and not self.clock.was_set_lately():
+            self.store.do_then(pruned, state.prune, self.clock() - self._keep, PRUNE_JOBS)
 
 
 class Server:
@@ -569,14 +589,14 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.stopped: asyncio.Future[int] = self.loop.create_future()
         self.store = Store(str(options.database), self._deliver).start()
-        self.dispatcher = Dispatcher(self.store, Configs(jobs), options.grace)
-        self.core = Core(self.store, self.dispatcher, options.keep)
-        self.api = Api(self.store, self.dispatcher.configs, options.hold)
+        configs = Configs(jobs)
+        self.core = Core(self.store, configs, options, Outside())
+        self.api = Api(self.store, configs, options.hold, self.core.clock)
         self.access = Access(options.host, options.tokens)
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
-        if commit.calls or commit.orders or self.dispatcher.offers:
+        if commit.calls or commit.orders or self.core.dispatcher.offers:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self.core.on_commit, commit)
 
@@ -589,7 +609,7 @@ class Server:
             self.loop.add_signal_handler(number, self._stop, 0)
         self.loop.add_signal_handler(signal.SIGHUP, self._start_reload)
         async with serve_websockets(
-            self.dispatcher.serve,
+            self.core.dispatcher.serve,
             sock=listener,
             subprotocols=[Subprotocol(VERSION_2)],
             select_subprotocol=select_version,
@@ -635,7 +655,7 @@ class Server:
         except ConfigError as error:
             log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
             return
-        self.dispatcher.reload(configs, frames)
+        self.core.dispatcher.reload(configs, frames)
         self.api.configs = configs
         self.core.end_gone()
         log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
@@ -645,59 +665,36 @@ def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]
     return Subprotocol(VERSION_2) if VERSION_2 in offered else None
 
 
-def config_error(where: object, message: str) -> ConfigError:
-    error = ConfigError((0, 0, message))
-    error.path = str(where)
-    return error
-
-
-def read_tokens(path: Path | None) -> dict[str, set[str]]:
-    """Read a token file: a line each, `api TOKEN`, `worker TOKEN`, or `TOKEN` for both; `#` begins a comment.
-
-    Raises ConfigError where it can't be read, or has none.
-    """
+def tokens_by_scope(path: Path | None) -> dict[str, set[str]]:
+    """Read the token file, if there is one. Raises OptionError where a line is wrong or a scope has no token."""
     tokens: dict[str, set[str]] = {"api": set(), "worker": set()}
     if path is None:
         return tokens
-    try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
-    except (OSError, UnicodeDecodeError) as error:
-        raise config_error(path, f"can't be read as a token file: {error}") from error
-    for words in lines:
-        scopes = [words[0]] if len(words) == 2 and words[0] in tokens else list(tokens) if len(words) == 1 else []
-        if not scopes:
-            raise config_error(path, "each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
-        for scope in scopes:
-            tokens[scope].add(words[-1])
+    for *scope, token in read_tokens(path):
+        if scope not in ([], ["api"], ["worker"]):
+            raise OptionError(f"{path}: each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
+        for name in scope or tokens:
+            tokens[name].add(token)
     if not all(tokens.values()):
-        raise config_error(path, "it must hold a token for the API and one for workers")
+        raise OptionError(f"{path}: it must hold a token for the API and one for workers")
     return tokens
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    def default(name: str, otherwise: str | None = None) -> str | None:
-        return os.environ.get(f"JOBWORKER_{name}") or otherwise
-
-    parser = argparse.ArgumentParser(description="The jobworker server.", epilog="Options may be set as JOBWORKER_….")
+    parser = command_line("The jobworker server.", VERSION)
     parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the jobs there are")
-    parser.add_argument("-V", "--version", action="version", version=f"jobworker {VERSION}")
-    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
-    parser.add_argument("-p", "--port", type=port_number, default=default("PORT", "8080"), help="8080; 0: a free one")
-    parser.add_argument("--host", default=default("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
-    parser.add_argument("--database", default=default("DATABASE"), help="jobs.db beside JOBS_YAML; :memory: for none")
-    parser.add_argument("--token-file", type=Path, default=default("TOKEN_FILE"), help="tokens for API and workers")
+    parser.add_argument("-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0: a free one")
+    parser.add_argument("--host", default=setting("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
+    parser.add_argument("--database", default=setting("DATABASE"), help="jobs.db beside JOBS_YAML; :memory: for none")
+    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
     parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
+    hold = setting("HOLD") in ("1", "true", "yes")
+    parser.add_argument("--hold", action="store_true", default=hold, help="keep jobs until a worker comes")
     parser.add_argument(
-        "--hold",
-        action="store_true",
-        default=default("HOLD") in ("1", "true", "yes"),
-        help="keep jobs until a worker comes",
+        "--grace", type=duration, default=setting("GRACE", "60"), help="how long a worker may be away (60s)"
     )
     parser.add_argument(
-        "--grace", type=duration, default=default("GRACE", "60"), help="how long a worker may be away (60s)"
-    )
-    parser.add_argument(
-        "--keep", type=duration, default=default("KEEP", "30d"), help="how long ended jobs stay (30d); 0: ever"
+        "--keep", type=duration, default=setting("KEEP", "30d"), help="how long ended jobs stay (30d); 0: ever"
     )
     parser.add_argument("--check", action="store_true", help="only check JOBS_YAML")
     options = parser.parse_args(arguments)
@@ -725,7 +722,7 @@ def check_host(options: argparse.Namespace) -> None:
     except ValueError:
         loopback = False
     if not loopback and not options.tokens["api"] and not options.insecure:
-        raise config_error("--host", f"{options.host} is open to the network: give --token-file, or --insecure")
+        raise OptionError(f"--host: {options.host} is open to the network: give --token-file, or --insecure")
 
 
 def main() -> int:
@@ -739,9 +736,9 @@ def main() -> int:
         if options.check:
             print(f"{options.jobs}: {len(jobs)} jobs, no errors")
             return 0
-        options.tokens = read_tokens(options.token_file)
+        options.tokens = tokens_by_scope(options.token_file)
         check_host(options)
-    except ConfigError as error:
+    except (ConfigError, OptionError) as error:
         print(error, file=sys.stderr)
         return 2
     gc.freeze()  # what is imported stays: no collection has to walk it

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "tests", "checks", "deploy")
-TESTS = ("test_jobworker.py", "checks/test_store.py")
+SOURCES = ("*.py", "*.yaml", "*.toml", "*.md", "jobworker", "tests", "checks", "deploy", "docs")
+TESTS = ("test_jobworker.py", "tests")
 TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
@@ -44,8 +44,9 @@ MUTANTS = (
         "group commit: results before their commit",
         "jobworker/store.py",
         "Store or Promise01 or Promise11 or on_disk",
-        "            database.commit()\n",
-        "            self._hand_out(group, results)\n            database.commit()\n            return True\n",
+        "            notes = database.commit()\n",
+        "            self._hand_out(group, results, database.notes)\n"
+        "            notes = database.commit()\n            return True\n",
     ),
     Mutant(
         "durability",
@@ -101,17 +102,21 @@ MUTANTS = (
         "        elif False:\n            _lose(",
     ),
     Mutant("priority", "jobworker/state.py", "Store or higher_priority", '(-job["priority"], job["id"])', 'job["id"]'),
-    Mutant("a log is kept once", "jobworker/state.py", "Store or kept_once or twice", "if offset < have:", "if False:"),
+    Mutant("a log is kept once", "jobworker/logs.py", "Store or kept_once or twice", "if offset < have:", "if False:"),
     Mutant(
         "a log has a limit",
-        "jobworker/state.py",
+        "jobworker/logs.py",
         "Store or Promise05",
         "if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:",
         "if False:",
     ),
     # the server: retries, grace, strangers, framing
-    Mutant("retries' bound", "server.py", "tried_again", "failures > job.retries", "failures > job.retries + 1"),
-    Mutant("retries' backoff", "server.py", "tried_again", "job.retry_delay * 2.0 **", "job.retry_delay * 0.0 **"),
+    Mutant(
+        "retries' bound", "jobworker/config.py", "tried_again", "failures > job.retries", "failures > job.retries + 1"
+    ),
+    Mutant(
+        "retries' backoff", "jobworker/config.py", "tried_again", "job.retry_delay * 2.0 **", "job.retry_delay * 0.0 **"
+    ),
     Mutant(
         "concurrency",
         "server.py",
@@ -123,31 +128,21 @@ MUTANTS = (
         "the offer of who went",
         "server.py",
         "malformed_frame_closes",
-        "        self.offers.pop(worker.id, None)\n        self.changed_workers[worker.id] = worker.as_json",
-        "        self.changed_workers[worker.id] = worker.as_json",
+        "        del self.workers[worker.id]\n        self.offers.pop(worker.id, None)\n",
+        "        del self.workers[worker.id]\n",
     ),
     Mutant(
         "offers by free slots",
         "jobworker/state.py",
         "most_free_slots",
-        "(-free, random.random(),",
-        "(free, random.random(),",
+        "(-free, db.chance.random(),",
+        "(free, db.chance.random(),",
     ),
-    Mutant("offers by chance", "jobworker/state.py", "chance_decides", "(-free, random.random(),", "(-free, 0.0,"),
-    Mutant("tags", "server.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
+    Mutant("offers by chance", "jobworker/state.py", "chance_decides", "(-free, db.chance.random(),", "(-free, 0.0,"),
+    Mutant("tags", "jobworker/config.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
+    Mutant("grace", "server.py", "within_its_grace or Promise03", "0 if leaves else self.grace", "0"),
     Mutant(
-        "grace",
-        "server.py",
-        "within_its_grace or Promise03",
-        "time.monotonic() + (0 if leaves else self.grace)",
-        "time.monotonic()",
-    ),
-    Mutant(
-        "grace after a start",
-        "server.py",
-        "Promise02 or Promise03 or restart",
-        "time.monotonic() + (0 if gone else self.grace)",
-        "time.monotonic()",
+        "grace after a start", "server.py", "Promise02 or Promise03 or restart", "self.grace if version > 1 else 0", "0"
     ),
     Mutant("lost after the grace", "server.py", "never_comes_back", "if away.deadline <= now", "if False"),
     Mutant(
@@ -188,22 +183,22 @@ MUTANTS = (
         "two phases: no start without Go",
         "client.py",
         "before_go or instead",
-        "            self._send(JobRunning(*job.key))\n",
-        "            self._send(JobRunning(*job.key))\n            self._start(job, self._run(job))\n",
+        "            self.session.send(JobRunning(*attempt.key))\n",
+        "            self.session.send(JobRunning(*attempt.key))\n            self._start(attempt)\n",
     ),
     Mutant(
         "kept until Settled",
         "client.py",
         "until_it_is_settled or on_the_next_connection",
-        "        connection.send(job.result)\n",
-        "        connection.send(job.result)\n        self._let_go(job)\n",
+        "            if self.session.version == 1:  # it says no Settled\n",
+        "            if True:\n",
     ),
     Mutant(
         "the sweep at the start",
         "client.py",
         "adopts or meanwhile",
-        "        found = await self.docker.containers(self._labels)\n",
-        "        found: list[tuple[int, int, str, str, str]] = []\n",
+        "        found = await self.engine.containers(self._labels)\n",
+        "        found: list[Any] = []\n",
     ),
     Mutant(
         "what was only created",
@@ -219,7 +214,7 @@ MUTANTS = (
         "the log after a new connection",
         "client.py",
         "Promise05 or next_connection",
-        "            job.output.resend()\n",
+        "            attempt.life.output.resend()\n",
         "            pass\n",
     ),
     Mutant(
@@ -236,14 +231,14 @@ MUTANTS = (
         'option("--env", [name for name in everything if name not in filed])',
         'option("--env", [f"{name}={everything[name]}" for name in everything if name not in filed])',
     ),
+    Mutant("allowed images", "jobworker/life.py", "does_not_allow", "return not globs or (", "return True or ("),
     Mutant(
-        "allowed images",
-        "client.py",
-        "does_not_allow",
-        "return not globs or (",
-        "return True or (",
+        "the timeout",
+        "jobworker/life.py",
+        "past_its_timeout",
+        "self._started + timeout",
+        "self._started + timeout + 1e9",
     ),
-    Mutant("the timeout", "client.py", "past_its_timeout", "job.started + timeout", "job.started + timeout + 1e9"),
     # the wire
     Mutant(
         "a name in code points",

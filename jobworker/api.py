@@ -273,8 +273,8 @@ def _checked(config: JobConfig, body: object) -> NewJob:
 class Api:
     """What each route is answered with. `configs` is replaced when jobs.yaml is read again."""
 
-    def __init__(self, store: Store, configs: Configs, hold: bool) -> None:
-        self.store, self.configs, self.hold = store, configs, hold
+    def __init__(self, store: Store, configs: Configs, hold: bool, clock: Callable[[], float] = time.time) -> None:
+        self.store, self.configs, self.hold, self.clock = store, configs, hold, clock
         self.events = Events(store, self._show)
 
     def answer(self, request: Request) -> Response:
@@ -376,7 +376,7 @@ class Api:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
         ids: list[int] | None = self._do(state.find_request, key) if key else None
         if ids is None:
-            ids = self._do(state.add, jobs(), time.time(), self.hold, key)
+            ids = self._do(state.add, jobs(), self.clock(), self.hold, key)
         return ids
 
     def get_job(self, request: Request, id_: int, wait: float) -> Response:  # noqa: ARG002
@@ -414,7 +414,7 @@ class Api:
         One that waits is cancelled at once. One that runs is asked to stop (TERM, its `stop_grace_period`, KILL): the
         answer shows it still `running` with the reason `cancelling`, and it is `cancelled` once its container is gone.
         """
-        return Response(as_json(self._show([self._do(state.cancel, id_, time.time())])[0]))
+        return Response(as_json(self._show([self._do(state.cancel, id_, self.clock())])[0]))
 
     def retry_job(self, request: Request, id_: int, key: str | None) -> Response:  # noqa: ARG002
         """Run a job that has ended again, as a new job.
@@ -526,7 +526,7 @@ class Api:
         if self.store.error:
             failing = {"status": "failing", "detail": self.store.error, "version": VERSION}
             return Response(as_json(failing), HTTPStatus.SERVICE_UNAVAILABLE)
-        overview = self._do(state.overview, time.time())
+        overview = self._do(state.overview, self.clock())
         health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
         return Response(as_json(health))
 
@@ -538,7 +538,7 @@ class Api:
         since the server's start, `jobworker_jobs_finished_total{name,state}` and the histograms
         `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`.
         """
-        overview = self._do(state.overview, time.time())
+        overview = self._do(state.overview, self.clock())
         text = metrics_text(overview, self._do(state.workers), self._do(state.totals))
         return Response(text.encode(), content_type=METRICS)
 

@@ -353,7 +353,7 @@ def docker_run_command(
         tail = rest + tail
     arguments += ["--env-file=/dev/stdin"] * bool(filed)
     arguments += option("--env", [name for name in everything if name not in filed])
-    if not (isinstance(options := config.get("options", []), list) and config["image"][:1].isalnum()):
+    if not isinstance(options := config.get("options", []), list) or str(config["image"]).startswith("-"):
         raise ValueError(f"options must be a list, and {config['image']!r:.60} an image")
     arguments += [*options, "--", config["image"], *tail]
     for text in (*arguments, *everything, *values.values()):
@@ -374,7 +374,7 @@ def option(flag: str, value: Any) -> list[str]:
     if isinstance(value, dict):
         value = [f"{key}={text}" for key, text in value.items()]
     if isinstance(value, list):
-        return [f"{flag}={text}" for text in value]
+        return [f"{flag}={text}" if isinstance(text, str) else text for text in value]
     if value is None or isinstance(value, bool):
         return [flag] * bool(value)
     return [f"{flag}={value}"]

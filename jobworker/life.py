@@ -178,6 +178,7 @@ class Life:
             await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
             state = await self._engine.state(self.container)
         if state and state.get("Status") in NEVER_STARTED and not await self._fence():
+            await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self._engine.has_image(self.config.get("image", "")):

@@ -1,8 +1,41 @@
-"""What both command lines do alike: the log, and the limit of open files."""
+"""What both command lines do alike: options, the token file, the log, the limit of open files."""
 
+import argparse
 import logging
+import os
 import re
 import resource
+from pathlib import Path
+
+
+class OptionError(Exception):
+    """An option, or the file that it names, is wrong. The message says which one, and why."""
+
+
+def command_line(description: str, version: str) -> argparse.ArgumentParser:
+    """Give a parser with the options that both programs have."""
+    parser = argparse.ArgumentParser(description=description, epilog="Options may be set as JOBWORKER_….")
+    parser.add_argument("-V", "--version", action="version", version=f"jobworker {version}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log more")
+    return parser
+
+
+def setting(name: str, otherwise: str | None = None) -> str | None:
+    """Give the environment variable of an option; an empty one counts as not set."""
+    return os.environ.get(f"JOBWORKER_{name}") or otherwise
+
+
+def settings(name: str) -> list[str]:
+    """Give the same for an option that may be repeated: its values, separated by commas."""
+    return [word for word in (setting(name) or "").split(",") if word]
+
+
+def read_tokens(path: Path) -> list[list[str]]:
+    """Give each line's words in a token file: `api TOKEN`, `worker TOKEN`, or `TOKEN` for both; `#` is a comment."""
+    try:
+        return [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: can't be read as a token file: {error}") from error
 
 
 def quiet_logger() -> logging.Logger:

@@ -169,6 +169,8 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
+LATEST_MADE = "SELECT created_at FROM job WHERE id > 0 ORDER BY id DESC LIMIT 1"
+LATEST_ENDED = "SELECT finished_at FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 1"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
     SELECT min(name) FROM job
@@ -274,9 +276,9 @@ class HeldAttempt(NamedTuple):
 
     id: int
     attempt: int
-    reading: int
     log_bytes: int
     cancelling: bool
+    reading: int
 
 
 class Tick:
@@ -561,8 +563,14 @@ def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_befo
 # Workers come and go
 
 
-def resume(db: Database) -> list[tuple[int, str, int]]:
-    """At the server's start nobody is connected; give id, name and protocol of each worker that may come back."""
+def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
+    """At the server's start nobody is connected; give id, name and protocol of each worker that may come back.
+
+    now: seconds since the epoch. Where the clock was set back meanwhile, what is delayed is as many seconds earlier.
+    """
+    latest = max(row[0] if (row := db.one(sql)) else 0 for sql in (LATEST_MADE, LATEST_ENDED))
+    if latest > now:
+        shift_delays(db, now - latest)
     db.execute(DISCONNECT_ALL)
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 
@@ -584,7 +592,7 @@ def attach(db: Database, arrival: Arrival, now: float, retry: RetryDelay) -> tup
     for row in db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall():
         key = row["id"], row["attempt"]
         if key in kept:
-            wanted.append(HeldAttempt(*key, row["reading"], row["log_bytes"], bool(row["cancelling"])))
+            wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"]), row["reading"]))
         else:
             _lose(db, row, now, retry)
     return worker, wanted

@@ -152,11 +152,11 @@ def shim(name: str, log: str, attached: str) -> None:
     """The container's parent: outlives the attached docker, keeps the exit code."""
     os.setsid()
     box, output, told = BOXES + name + "/", int(log), int(attached)
+    options, (_, *command) = split(read(box + "argv", "busybox").split("\0"), RUN_FLAGS)
+    environment = environment_of(name, options)  # it may come from stdin
     null = os.open("/dev/null", os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(null, number)
-    options, (_, *command) = split(read(box + "argv", "busybox").split("\0"), RUN_FLAGS)
-    environment = environment_of(name, options)
     ready, go = os.pipe()
     pid = os.fork()
     if pid == 0:

@@ -114,25 +114,26 @@ class ScriptedServer:
             response.headers["Jobworker-Server"] = "0123abcd"
 
     def accept(self, peer: ServerConnection) -> None:
-        self.dials.append(time.monotonic())
+        if not self.hangs_up:
+            peer.send(protocol.encode(protocol.JobConfigs(configs=self.configs)))
+            self.peer = peer
+        self.dials.append(time.monotonic())  # last, so that a test that has seen it sends on this connection
         if self.hangs_up:
             return
-        peer.send(protocol.encode(protocol.JobConfigs(configs=self.configs)))
-        self.peer = peer
         with contextlib.suppress(ConnectionClosed):
             for data in peer:
                 self.received += protocol.decode_from_worker(data, self.version)
 
     def send(self, message: Any) -> None:
-        assert self.peer
-        self.peer.send(message if isinstance(message, bytes | str) else protocol.encode(message))
+        peer = until(lambda: self.peer)
+        peer.send(message if isinstance(message, bytes | str) else protocol.encode(message))
 
     def wait_for(self, message: Any, seconds: float = 10) -> None:
         until(lambda: message in self.received, seconds)
 
     def hang_up(self) -> None:
-        assert self.peer
-        self.peer.close()
+        peer, self.peer = until(lambda: self.peer), None
+        peer.close()
 
     def __enter__(self) -> Self:
         return self

@@ -15,6 +15,7 @@ from websockets.sync.client import connect
 from websockets.typing import Origin
 
 import protocol
+from jobworker.api import description
 from tests.peers import (
     VERSION_2,
     WEBSOCKET,
@@ -23,7 +24,6 @@ from tests.peers import (
 )
 from tests.stage import (
     JOBS,
-    ROOT,
     Server,
     Stage,
     Worker,
@@ -32,11 +32,7 @@ from tests.stage import (
     until,
 )
 
-OPERATIONS = [
-    (method.upper(), path)
-    for path, item in json.loads((ROOT / "jobworker" / "openapi.json").read_text())["paths"].items()
-    for method in item
-]
+OPERATIONS = [(method.upper(), path) for path, item in json.loads(description())["paths"].items() for method in item]
 
 
 OPEN_PATHS = {"/", "/healthz"}

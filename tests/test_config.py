@@ -83,7 +83,7 @@ class TestJobsYaml:
             ("command: echo 'a b' c", {"command": "echo 'a b' c"}),
             ("command: [echo, 'a b', '']", {"command": ("echo", "a b", "")}),
             ("command:", {}),
-            ("command: ''", {}),
+            ("command: ''", {"command": ""}),
             ("command: []", {}),
             ("command: |\n  sh -c '\n  date'", {"command": "sh -c '\ndate'\n"}),
             ("entrypoint: sh -c", {"entrypoint": "sh -c"}),

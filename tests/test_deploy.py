@@ -40,7 +40,7 @@ class TestDeployment:
 
     def settings(self, program: str) -> set[str]:
         source = (HERE / program).read_text()
-        return {f"JOBWORKER_{name}" for name in re.findall(r'default(?:s)?\("([A-Z_]+)"', source)}
+        return {f"JOBWORKER_{name}" for name in re.findall(r'settings?\("([A-Z_]+)"', source)}
 
     def test_the_image_has_every_file_that_runs(self) -> None:
         copied = [word for line in self.dockerfile() if line[0] == "COPY" for word in line[1:-1] if word[0] not in "-/"]

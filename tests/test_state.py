@@ -252,7 +252,7 @@ class StoreHistories(RuleBasedStateMachine):
         for job in self.jobs.values():
             if job.worker == worker and job.state in ACTIVE:
                 if (job.id, job.attempt) in pairs:
-                    expected.add((job.id, job.attempt, job.log_bytes, job.cancelling))
+                    expected.add((job.id, job.attempt, job.log_bytes, job.cancelling, 0))
                 else:
                     job.lose(self.now)
         assert {tuple(it) for it in wanted} == expected
@@ -421,7 +421,7 @@ class StoreHistories(RuleBasedStateMachine):
         self.connected.clear()
         assert (self.store.server_id, self.counts()) == (identity, counts)
         may_come_back = {(worker, self.names[worker], 2) for worker in self.expected}
-        assert set(self.do(state_module.resume)) == may_come_back
+        assert set(self.do(state_module.resume, 1e9)) == may_come_back
 
     def counts(self) -> dict[str, int]:
         counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
@@ -516,7 +516,7 @@ TestStoreHistories.settings = settings(
 
 
 class TestTransitions:
-    """The table of transitions is the picture that the README shows."""
+    """The table of transitions is the picture that the reference shows."""
 
     def test_the_picture_has_each_transition_and_no_other(self) -> None:
         drawn = edges_of_the_picture()
@@ -528,8 +528,8 @@ class TestTransitions:
 
 
 def edges_of_the_picture() -> set[tuple[str, str]]:
-    """Read the arrows of the README's picture: along its first line, from its states down and back, and DELETE's."""
-    text = (Path(state_module.__file__).parent.parent / "README.md").read_text()
+    """Read the arrows of the reference's picture: along its first line, from its states down and back, and DELETE's."""
+    text = (Path(state_module.__file__).parent.parent / "docs/reference.md").read_text()
     first, *lines = text[text.index("     POST ") :].partition("The reasons")[0].splitlines()
     states = {match.start(): match[0] for match in re.finditer(r"[a-z]{6,}", first)}
 

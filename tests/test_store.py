@@ -69,11 +69,11 @@ class TestMigration:
         assert (attempt["exit_code"], attempt["reason"], attempt["log_bytes"]) == (3, "exit", 10)
 
     def test_its_workers_may_come_back_and_are_not_connected(self, store: Store) -> None:
-        assert store.do(state_module.resume).result() == [(1, "box-1", 2), (2, "version-1-0a1b2c3d", 1)]
+        assert store.do(state_module.resume, 1e10).result() == [(1, "box-1", 2), (2, "version-1-0a1b2c3d", 1)]
         assert not [row for row, _ in store.do(state_module.workers).result() if row["connected"]]
         assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, retry_delay).result() == (
             1,
-            [(3, 1, 0, False)],
+            [(3, 1, 0, False, 0)],
         )
 
     def test_it_is_migrated_once(self, store: Store, tmp_path: Path) -> None:
