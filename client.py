@@ -6,7 +6,6 @@ slot; what the container writes comes through a pipe that the loop reads.
     Worker    the attempts that this worker holds, its slots, its configurations; keeps connected
     Session   one connection with a server: frames in, batches out
     Attempt   one attempt of a job, from Enqueue to Settled, along TRANSITIONS; its container is a Life
-    Cleaner   removes containers that nobody needs any more
     World     how all of these reach the network, the engine, the clock and chance
 
 The container is the durable outbox: it has a name of its own for each job and attempt, labels that say whose it is, and
@@ -20,7 +19,7 @@ label, when it starts again, what it ran, and goes on:
 
 import argparse
 import asyncio
-import fcntl
+import contextlib
 import itertools
 import logging
 import os
@@ -28,9 +27,8 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -40,7 +38,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -48,11 +46,22 @@ from websockets.typing import Subprotocol
 
 import protocol
 from jobworker import VERSION
+from jobworker.cleaner import Cleaner
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
+from jobworker.identity import hold_name
 from jobworker.life import End, Life
-from jobworker.options import OptionError, command_line, quiet_logger, read_tokens, setting, settings, start_logging
+from jobworker.options import (
+    OptionError,
+    command_line,
+    quiet_logger,
+    raise_limit_of_files,
+    read_tokens,
+    setting,
+    settings,
+    start_logging,
+)
 from jobworker.orphans import end_orphans
-from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, pipe
+from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -64,6 +73,8 @@ from protocol import (
     JobSuccess,
     Log,
     Logged,
+    ReadAgain,
+    Reading,
     Settled,
     Stop,
 )
@@ -78,6 +89,7 @@ TRANSITIONS = {
     ("asked", "let go"): "settled",
     ("running", "end"): "finished",
     ("running", "let go"): "unwanted",
+    ("unwanted", "let go"): "unwanted",
     ("finished", "let go"): "settled",
     ("unwanted", "end"): "settled",
 }
@@ -91,7 +103,7 @@ STEADY_SECONDS = 5
 PING_SECONDS = 15
 PONG_SECONDS = 14
 SWEEP_SECONDS = 30
-REMOVE_AT_ONCE = 100
+KILL_SECONDS = 5
 
 Result = JobSuccess | JobFailure
 OnEnd = Callable[["Attempt"], None]
@@ -137,6 +149,7 @@ class Session:
         self.version = 2 if socket_.subprotocol == VERSION_2 else 1
         headers = socket_.response.headers if socket_.response else {}
         self.server_id: str | None = headers.get(protocol.SERVER_HEADER)
+        self.knows_readings = protocol.READINGS_HEADER in headers
         self.greeted = False
         self._outbox: deque[protocol.FromWorker] = deque()
         self._filled = asyncio.Event()
@@ -243,7 +256,19 @@ class Attempt:
         self._move("let go")
         self.life.leave()
 
+    def disown(self) -> None:
+        """Let it run to its end, of which nobody is told."""
+        self._move("let go")
+
+    def agrees(self, session: Session) -> bool:
+        """Whether the server means this reading of the log, when it speaks of an offset."""
+        return not session.knows_readings or self.life.output.in_force
+
     def send_log(self, session: Session, limit: int) -> None:
+        if not self.agrees(session):
+            if number := self.life.output.to_announce():
+                session.send(ReadAgain(*self.key, number))
+            return
         for offset, data in self.life.output.unsent(limit):
             session.send(Log(*self.key, offset, data))
 
@@ -256,26 +281,10 @@ class Attempt:
             session.send(replace(self.result, attempt=0))
             return
         self.send_log(session, LOG_BUFFER_BYTES)
+        if not self.agrees(session):
+            self._reported_on = None  # once the server has begun this reading
+            return
         session.send(self.result)
-
-
-class Cleaner:
-    """Removes containers whose results are settled, some in one call."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._to_remove: dict[str, None] = {}
-
-    def add(self, container: str) -> None:
-        self._to_remove[container] = None
-
-    async def remove_all(self) -> None:
-        while self._to_remove:
-            containers = list(self._to_remove)[:REMOVE_AT_ONCE]
-            if not await self._engine.remove(containers):
-                return  # the next round tries again
-            for container in containers:
-                del self._to_remove[container]
 
 
 class Worker:
@@ -295,7 +304,7 @@ class Worker:
 
     async def run(self) -> None:
         """Serve until drained. Raises FatalError."""
-        parts = (self._done.wait(), self._keep_connected(), self._tick(), self._keep_clean())
+        parts = (self._done.wait(), self._keep_connected(), self._tick(), self._sweep())
         work = [asyncio.ensure_future(part) for part in parts]
         finished, going_on = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
         for task in going_on:
@@ -348,10 +357,11 @@ class Worker:
 
     async def _meet_server(self, session: Session) -> None:
         server_id = session.server_id or f"version-1-{self.options.uri}"
-        if server_id != self.server_id:
+        is_another = server_id != self.server_id
+        if is_another or session.version == 1:  # a version 1 server may give the same ids to other jobs
             for attempt in list(self.held.values()) if self.server_id else ():
-                log.warning("job %d: another server is there now; letting it go", attempt.job)
-                self._let_go(attempt)
+                self._leave_behind(attempt, runs_on=not is_another)
+        if is_another:
             self.server_id = server_id
             try:
                 await self._recover(session.version)
@@ -365,6 +375,14 @@ class Worker:
             attempt.life.output.resend()
             if session.version == 1:  # it says no Logged
                 self._go_on(attempt, 0)
+
+    def _leave_behind(self, attempt: Attempt, runs_on: bool) -> None:
+        """Another server is there now. runs_on: what runs goes on to its end."""
+        if runs_on and attempt.state in ("running", "unwanted"):
+            attempt.disown()
+            return
+        log.warning("job %d: another server is there now; letting it go", attempt.job)
+        self._let_go(attempt)
 
     def _say_hello(self, session: Session) -> None:
         held = [(*key, {"asked": "assigned"}.get(attempt.state, attempt.state)) for key, attempt in self.held.items()]
@@ -386,7 +404,8 @@ class Worker:
             self.session.greeted = True
             log.info("connected to %s as %s, %d slots", self.options.uri, self.name, self.options.slots)
         self.configs.clear()
-        self.configs.update({config["name"]: config for config in configs})
+        # Of two with one name, which a version 1 server may have, the first counts.
+        self.configs.update({config["name"]: config for config in reversed(configs)})
 
     def _on_enqueue(self, message: Enqueue) -> None:
         if self.draining:
@@ -398,7 +417,7 @@ class Worker:
         self._hold((message.job, number), message.name, container, message.environment or {})
         self._ask()
 
-    def _on_order(self, attempt: Attempt, message: Go | Stop | Settled | Logged) -> None:
+    def _on_order(self, attempt: Attempt, message: Go | Stop | Settled | Logged | Reading) -> None:
         match message:
             case Go():
                 if attempt.state in ("assigned", "asked"):
@@ -407,19 +426,28 @@ class Worker:
                 attempt.stop("cancelled")
             case Settled():
                 self._let_go(attempt)
+            case Reading():
+                attempt.life.output.server_has(message.number)
             case Logged():
                 self._go_on(attempt, message.offset)
 
     # The attempts
 
-    def _hold(self, key: tuple[int, int], name: str, container: str, environment: dict[str, str]) -> Attempt:
-        life = Life(self.engine, self.configs, name, container)
+    def _hold(
+        self,
+        key: tuple[int, int],
+        name: str,
+        container: str,
+        environment: dict[str, str],
+        reading: int | None = 0,
+    ) -> Attempt:
+        life = Life(self.engine, self.configs, name, container, Output(reading))
         self.held[key] = attempt = Attempt(life, key, name, environment)
         return attempt
 
     def _ask(self) -> None:
         """Ask whether the next jobs may start, while there are slots; a version 1 server is only told."""
-        busy = sum(attempt.state in ("asked", "running") for attempt in self.held.values())
+        busy = sum(attempt.state in ("asked", "running", "unwanted") for attempt in self.held.values())
         for attempt in list(self.held.values()):
             if busy >= self.options.slots:
                 return
@@ -446,7 +474,8 @@ class Worker:
 
     def _go_on(self, attempt: Attempt, offset: int) -> None:
         """The server has an attempt's log up to an offset; after a new connection, it also waits for the rest of it."""
-        attempt.life.output.kept(offset)
+        if self.session and attempt.agrees(self.session):
+            attempt.life.output.kept(offset)
         if attempt.state == "asked":
             self._announce(attempt)
         else:
@@ -461,6 +490,10 @@ class Worker:
     def _on_end(self, attempt: Attempt) -> None:
         if attempt.state == "settled":  # let go while it ran
             self.cleaner.add(attempt.life.container)
+            if self.held.get(attempt.key) is attempt:
+                del self.held[attempt.key]
+                self._ask()
+                self._leave_if_drained()
             return
         log.debug("job %d (%s), attempt %d: %s", attempt.job, attempt.name, attempt.attempt, attempt.result)
         self._report(attempt)
@@ -487,20 +520,22 @@ class Worker:
         gone = {container for container, never in zip(created, never_start, strict=True) if never}
         for job, number, state, container, name in found:
             if version == 1:
-                await self.engine.remove([container])
+                for each in await self.engine.remove([container]):
+                    self.cleaner.add(each)
                 continue
             if container in gone or (job, number) in self.held:
                 continue
-            attempt = self._hold((job, number), name, container, {})
+            attempt = self._hold((job, number), name, container, {}, reading=None)
             log.info("job %d: found its container, %s", job, state)
             attempt.adopt(self.world.wall, self._on_end)
 
     # Clock and signals
 
     async def _tick(self) -> None:
-        """Send what jobs wrote, and end those whose time is over."""
+        """Send what jobs wrote, end those whose time is over, and remove what is settled."""
         while True:
             await asyncio.sleep(LOG_FLUSH_SECONDS)
+            self.cleaner.start()
             for attempt in list(self.held.values()):
                 if attempt.state == "running":
                     if attempt.life.is_too_old():
@@ -510,21 +545,17 @@ class Worker:
                         limit = LOG_PIECE_BYTES if attempt.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
                         attempt.send_log(self.session, limit)
 
-    async def _keep_clean(self) -> None:
-        """Remove what is settled, and now and then containers that nobody knows."""
-        clock = asyncio.get_running_loop().time
-        sweep_at = clock() + SWEEP_SECONDS
+    async def _sweep(self) -> None:
+        """Remove, now and then, containers that nobody knows."""
         while True:
-            await asyncio.sleep(LOG_FLUSH_SECONDS)
-            await self.cleaner.remove_all()
-            if clock() > sweep_at and self.server_id:
-                sweep_at = clock() + SWEEP_SECONDS
-                for found in await self.engine.containers(self._labels):
-                    if (found.job, found.attempt) not in self.held:
-                        self.cleaner.add(found.container)
+            await asyncio.sleep(SWEEP_SECONDS)
+            labels = self._labels
+            for found in await self.engine.containers(labels) if self.server_id else ():
+                if (found.job, found.attempt) not in self.held and labels == self._labels:
+                    self.cleaner.add(found.container)
 
     def running_containers(self) -> list[str]:
-        return [attempt.life.container for attempt in self.held.values() if attempt.state == "running"]
+        return [attempt.life.container for attempt in self.held.values() if attempt.state in ("running", "unwanted")]
 
     def drain(self) -> None:
         """Take no new job, finish what runs, then leave."""
@@ -569,17 +600,29 @@ class DockerCommand:
                 try:
                     if words[0] != "run":
                         return await self._talk(words, writing)
-                    waiting = self._threads.submit(self._run, words, stdin, environment or {}, writing)
-                    return Answer(await asyncio.wrap_future(waiting))
+                    return await self._run_in_thread(words, stdin, environment or {}, writing)
                 finally:
                     drain()
         except TimeoutError as error:
-            raise PastDeadline(f"docker {words[0]} took more than {deadline} s") from error
-        except OSError as error:
-            raise NotStarted(str(error)) from error
+            raise PastDeadline(f"docker {words[0]} took more than {deadline:.0f} s") from error
+        except (OSError, RuntimeError) as error:  # RuntimeError: no more threads
+            raise NotStarted(*error.args) from error
 
-    def _run(self, words: list[str], stdin: str, environment: dict[str, str], writing: int) -> int:
+    async def _run_in_thread(self, words: list[str], stdin: str, environment: dict[str, str], writing: int) -> Answer:
+        abandoned = threading.Event()
         try:
+            waiting = self._threads.submit(self._run, words, stdin, environment, writing, abandoned)
+        except RuntimeError:  # no new thread, but one that is busy may come to it later
+            abandoned.set()
+            raise
+        return Answer(await asyncio.wrap_future(waiting))
+
+    def _run(
+        self, words: list[str], stdin: str, environment: dict[str, str], writing: int, abandoned: threading.Event
+    ) -> int:
+        try:
+            if abandoned.is_set():
+                return -1
             # A group of its own: Ctrl-C is for the worker, which decides what becomes of the container.
             return subprocess.run(
                 [self._docker, *words],
@@ -606,8 +649,10 @@ class DockerCommand:
             out, err = await process.communicate()
         finally:
             if process.returncode is None:
-                process.kill()
-                await process.communicate()
+                with contextlib.suppress(ProcessLookupError, TimeoutError):
+                    os.killpg(process.pid, signal.SIGKILL)  # with what it has started, which may hold its output open
+                    async with asyncio.timeout(KILL_SECONDS):
+                        await process.communicate()
         return Answer(
             process.returncode or 0, (out or b"").decode(errors="replace"), (err or b"").decode(errors="replace")
         )
@@ -664,26 +709,6 @@ def explain(error: Exception) -> str:
         body = (error.response.body or b"").decode(errors="replace").strip()
         return f"HTTP {error.response.status_code} {body[:300]}"
     return str(error) or type(error).__name__
-
-
-def hold_name(name: str | None) -> tuple[str, int]:
-    """Give a name that no other worker on this host has, and the file descriptor whose lock holds it.
-
-    By default the host's name with the lowest free number, so that a worker that starts again is itself again.
-    Raises FatalError where the given name is in use.
-    """
-    folder = Path(tempfile.gettempdir()) / f"jobworker-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    host = socket.gethostname()
-    for candidate in [name] if name else (f"{host}-{number}" for number in range(1, 10_000)):
-        file = os.open(folder / f"{quote(candidate, safe='')}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-        else:
-            return candidate, file
-    raise FatalError(f"a worker named {name} runs on this host already; give each a --name of its own")
 
 
 def destination(text: str) -> str:
@@ -744,6 +769,7 @@ def main() -> int:
         if shutil.which(options.docker) is None:
             raise FatalError(f"there is no command {options.docker!r}: install Docker, or name another with --docker")
         name, _lock = hold_name(options.name)
+        raise_limit_of_files()
     except (FatalError, OptionError) as error:
         log.critical("%s", error)
         return 2

@@ -27,6 +27,7 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
      18 Settled      int32 job, int32 attempt                 the result is on disk, or the server does not want this
                                                               attempt: stop it if it runs, remove it, forget it
      19 Logged       int32 job, int32 attempt, int64 offset   the log is on disk up to here: go on from here
+     20 Reading      int32 job, int32 attempt, int32 number   the log is of this reading: see ReadAgain
     worker to server
       1 JobRunning   then {"attempt": int}                    may I start? Answered by Go or Settled
       2 JobSuccess   then {"attempt": int, "exit_code": 0}    answered by Settled
@@ -37,6 +38,8 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
                      (0 slots: the worker drains and takes no new job)
      17 Log          int32 job, int32 attempt, int64 offset, bytes    what the container wrote, from that offset of its
                                                                       output on; gaps are allowed
+     18 ReadAgain    int32 job, int32 attempt, int32 number   the log begins anew; answered by Reading and Logged, or
+                                                              by Settled
     both ways
      31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch; 512 KiB, or one message
 
@@ -44,7 +47,19 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
   The worker says Hello; the server sends JobConfigs, Logged for each attempt it wants and Settled for each it does not.
   The worker sends again what was not answered: JobRunning of what waits to start, the log from the
   offset in Logged and the result of what has finished. Every message may be sent twice without harm. A Hello has a
-  frame of its own. The newest connection of a name wins: the older is closed with code 4001, and its worker ends.
+  frame of its own. A server that knows ReadAgain says `Jobworker-Readings: 1` in its answer to the handshake.
+
+  Readings. A worker that has lost the `docker run` of a container reads the whole output from the engine, from its
+  start. What it sent before may hold the docker command's own words, so offsets no longer mean the same. Such a
+  reading has a number: 0 is an attempt's first, of which nobody speaks; each further one has a higher number. The
+  server sends Reading before each Logged that answers a Hello. Where its number is not that of the worker's reading,
+  the worker sends ReadAgain, as soon as that reading has its first bytes or is whole; from then until Reading with that
+  number comes it sends no Log and no result, and heeds no Logged of that attempt. On ReadAgain with a number above the
+  stored one the server stores it and drops the attempt's log; any other changes nothing. Both are answered alike. A
+  worker sends no ReadAgain to a server that does not know it: it sends the log from its start, and the server keeps
+  what it has.
+
+  The newest connection of a name wins: the older is closed with code 4001, and its worker ends.
 
       Enqueue ──▶ JobRunning ──▶ Go ──▶ (container runs; Log …) ──▶ JobSuccess or JobFailure ──▶ Settled
 """
@@ -58,6 +73,7 @@ from typing import Any
 
 VERSION_2 = "jobworker.2"
 SERVER_HEADER = "Jobworker-Server"
+READINGS_HEADER = "Jobworker-Readings"
 CLOSE_REPLACED = 4001
 MAX_JOB_ID = 2**31 - 1
 MAX_LOG_OFFSET = 2**62
@@ -67,6 +83,7 @@ BATCH_BYTES = 512 * 1024
 
 _INT32 = struct.Struct(">i")
 _JOB_ATTEMPT = struct.Struct(">ii")
+_NUMBER = struct.Struct(">iii")
 _OFFSET = struct.Struct(">iiq")
 _ENQUEUE = struct.Struct(">iq")
 _LENGTH = struct.Struct(">I")
@@ -119,6 +136,13 @@ class Logged:
 
 
 @dataclass(frozen=True, slots=True)
+class Reading:
+    job: int
+    attempt: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobRunning:
     job: int
     attempt: int = 0
@@ -156,8 +180,15 @@ class Log:
     data: bytes
 
 
-FromServer = JobConfigs | Enqueue | Go | Stop | Settled | Logged
-FromWorker = JobRunning | JobSuccess | JobFailure | Hello | Log
+@dataclass(frozen=True, slots=True)
+class ReadAgain:
+    job: int
+    attempt: int
+    number: int
+
+
+FromServer = JobConfigs | Enqueue | Go | Stop | Settled | Logged | Reading
+FromWorker = JobRunning | JobSuccess | JobFailure | Hello | Log | ReadAgain
 Message = FromServer | FromWorker
 
 
@@ -405,6 +436,14 @@ def _decode_job_attempt(kind: Callable[[int, int], Any]) -> Callable[[bytes, int
     return lambda frame, _version: kind(*_JOB_ATTEMPT.unpack_from(frame, 1))
 
 
+def _encode_number(tag: int) -> Callable[[Any], bytes]:
+    return lambda message: bytes([tag]) + _NUMBER.pack(message.job, message.attempt, message.number)
+
+
+def _decode_number(kind: Callable[[int, int, int], Any]) -> Callable[[bytes, int], Any]:
+    return lambda frame, _version: kind(*_NUMBER.unpack_from(frame, 1))
+
+
 def _encode_logged(message: Logged) -> bytes:
     return b"\x13" + _OFFSET.pack(message.job, message.attempt, message.offset)
 
@@ -459,11 +498,13 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     Stop: _encode_job_attempt(17),
     Settled: _encode_job_attempt(18),
     Logged: _encode_logged,
+    Reading: _encode_number(20),
     JobRunning: _encode_job_running,
     JobSuccess: _encode_job_success,
     JobFailure: _encode_job_failure,
     Hello: _encode_hello,
     Log: _encode_log,
+    ReadAgain: _encode_number(18),
 }
 _FROM_SERVER: dict[int, Callable[[bytes, int], FromServer]] = {
     1: _decode_job_configs,
@@ -472,6 +513,7 @@ _FROM_SERVER: dict[int, Callable[[bytes, int], FromServer]] = {
     17: _decode_job_attempt(Stop),
     18: _decode_job_attempt(Settled),
     19: _decode_logged,
+    20: _decode_number(Reading),
 }
 _FROM_WORKER: dict[int, Callable[[bytes, int], FromWorker]] = {
     1: _decode_job_running,
@@ -479,4 +521,5 @@ _FROM_WORKER: dict[int, Callable[[bytes, int], FromWorker]] = {
     3: _decode_job_failure,
     16: _decode_hello,
     17: _decode_log,
+    18: _decode_number(ReadAgain),
 }

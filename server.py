@@ -19,7 +19,6 @@ import logging
 import os
 import random
 import re
-import resource
 import signal
 import sys
 import threading
@@ -40,7 +39,15 @@ import protocol
 from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
-from jobworker.options import OptionError, command_line, quiet_logger, read_tokens, setting, start_logging
+from jobworker.options import (
+    OptionError,
+    command_line,
+    quiet_logger,
+    raise_limit_of_files,
+    read_tokens,
+    setting,
+    start_logging,
+)
 from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
 from jobworker.store import Commit, Store, StoreError
 from jobworker.web import Access, HttpServer, RunnerListener
@@ -55,6 +62,8 @@ from protocol import (
     JobSuccess,
     Log,
     Logged,
+    ReadAgain,
+    Reading,
     Settled,
     Stop,
 )
@@ -157,6 +166,11 @@ def record_reports(
             case Log(job, attempt, offset, data):
                 kept = logs.append_log(db, worker, job, attempt, offset, data)
                 replies.append(Settled(job, attempt) if kept is None else Logged(job, attempt, kept))
+            case ReadAgain(job, attempt, number):
+                if begun := logs.begin_reading(db, worker, job, attempt, number):
+                    replies += [Reading(job, attempt, begun[0]), Logged(job, attempt, begun[1])]
+                else:
+                    replies.append(Settled(job, attempt))
             case JobSuccess(job, attempt):
                 state.succeed(db, worker, job, attempt, now)
                 replies.append(Settled(job, attempt))
@@ -276,7 +290,8 @@ class Dispatcher:
             Settled(job, attempt) for job, attempt, _state in worker.hello.jobs if worker.jobs.get(job) != attempt
         ]
         for held in wanted:
-            replies.append(Logged(held.id, held.attempt, held.log_bytes))
+            reading = Reading(held.id, held.attempt, held.reading)
+            replies += [reading, Logged(held.id, held.attempt, held.log_bytes)]
             if held.cancelling:
                 replies.append(Stop(held.id, held.attempt))
         if replies:
@@ -624,6 +639,7 @@ class Server:
 
     def _introduce(self, _connection: object, _request: object, response: websockets.http11.Response) -> None:
         response.headers[protocol.SERVER_HEADER] = self.store.server_id
+        response.headers[protocol.READINGS_HEADER] = "1"
 
     def _stop(self, code: int) -> None:
         if not self.stopped.done():
@@ -733,12 +749,6 @@ def main() -> int:
     except OSError as error:
         log.critical("can't listen on %s port %d: %s", options.host, options.port, error.strerror or error)
     return 1
-
-
-def raise_limit_of_files() -> None:
-    """Take as many descriptors as the system gives: each worker and each request has one."""
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def serve(options: argparse.Namespace, jobs: Iterable[JobConfig]) -> int:

@@ -149,7 +149,7 @@ class End:
         self.news = asyncio.Event()
         self.end: ConnectionClosed | None = None
         self.arrives = 0.0
-        self.response = SimpleNamespace(headers={protocol.SERVER_HEADER: link.server_id})
+        self.response = SimpleNamespace(headers={protocol.SERVER_HEADER: link.server_id, protocol.READINGS_HEADER: "1"})
 
     @property
     def close_code(self) -> int:

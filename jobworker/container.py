@@ -4,28 +4,37 @@ It knows nothing of the wire, of sessions or of the life of an attempt.
 """
 
 import asyncio
-import contextlib
 import json
 import logging
 import math
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
+ANSWER_SECONDS = 30  # for every command but `run`, `pull`, `wait` and `logs`
+WAIT_SECONDS = 300  # for one `wait`, which is then said again
 ENGINE_RETRY_SECONDS = 1
+ENGINE_RETRY_CEILING_SECONDS = 8
 ENGINE_PATIENCE_SECONDS = 30
 CREATED_SECONDS = 0.5
 KILLED = 137
-UNREACHABLE = re.compile("cannot connect to the docker daemon|error during connect|connection refused", re.IGNORECASE)
+NEVER_STARTED = ("created", "initialized")  # the latter is podman's
+# The only words that mean that there is none; whatever else an engine says, it may be there.
+ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
+# `docker run` did not even reach the engine: nothing has started.
+UNREACHED = re.compile(
+    "cannot connect to the docker daemon|connection refused|permission denied while trying to connect", re.IGNORECASE
+)
+UNREADABLE = b"configured logging driver does not support reading"
 
 log = logging.getLogger("worker")
 
 
 class EngineAway(Exception):
-    """The engine has not answered for ENGINE_PATIENCE_SECONDS."""
+    """The engine has not answered for ENGINE_PATIENCE_SECONDS, and nothing has started."""
 
 
 class NotStarted(OSError):
@@ -63,7 +72,7 @@ class RunCommand(Protocol):
 
 
 class Found(NamedTuple):
-    """A container of this worker, from `docker ps`."""
+    """A container of this worker."""
 
     job: int
     attempt: int
@@ -80,54 +89,106 @@ class Engine:
         self.images: set[str] = set()  # known to be here
         self._pulling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    async def retry_until_answered(self, *words: str, patience: float = math.inf) -> Answer:
-        """Run a command again and again while the engine does not answer, or the command is killed.
+    async def retry_until_answered(
+        self, *words: str, about: str = "", patience: float = math.inf, deadline: float = ANSWER_SECONDS
+    ) -> Answer:
+        """Run a command again and again until it succeeds, or says that there is nothing of the name `about`.
 
         Raises EngineAway when that has taken `patience` seconds.
         """
         clock = asyncio.get_running_loop().time
         give_up_at = clock() + patience
-        while True:
-            code, _out, err = answer = await self._command([*words])
-            if code == 0 or (code > 0 and not UNREACHABLE.search(err)):
-                return answer
+        said = ""
+        for delay in backoff():
+            try:
+                answer = await self._command([*words], deadline=deadline)
+            except (NotStarted, PastDeadline) as error:
+                problem = str(error)
+            else:
+                if answer.code == 0 or (answer.code > 0 and about and is_absent(about, answer.err)):
+                    return answer
+                problem = answer.err.strip() or f"exit code {answer.code}"
             if clock() > give_up_at:
-                raise EngineAway(err.strip())
-            log.warning("docker %s did not get an answer; trying again: %s", words[0], err.strip() or code)
-            await asyncio.sleep(ENGINE_RETRY_SECONDS)
+                raise EngineAway(problem)
+            if problem != said:
+                log.warning("docker %s did not get an answer; trying again: %s", words[0], problem)
+            said = problem
+            await asyncio.sleep(delay)
+        raise AssertionError
 
-    async def run(self, command: "Command", output: Callable[[bytes], None]) -> int:
-        """Start a container and wait for its end; the exit code of `docker run`."""
-        return (await self._command(command.arguments, command.stdin, command.variables, output)).code
+    async def run(self, command: "Command", output: Callable[[bytes], None]) -> Answer:
+        """Start a container and wait for its end; the exit code of `docker run`, and the beginning of what it wrote.
+
+        Raises NotStarted.
+        """
+        beginning = b""
+
+        def watch(data: bytes) -> None:
+            nonlocal beginning
+            beginning = (beginning + data)[:1000] if len(beginning) < 1000 else beginning
+            output(data)
+
+        answer = await self._command(command.arguments, command.stdin, command.variables, watch)
+        return Answer(answer.code, beginning.decode(errors="replace"))
 
     async def follow(self, container: str, output: Callable[[bytes], None]) -> bool:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all."""
-        return (await self._command(["logs", "--follow", container], output=output)).code == 0
+        unreadable = False
+
+        def watch(data: bytes) -> None:
+            nonlocal unreadable
+            unreadable = unreadable or UNREADABLE in data
+            if not unreadable:
+                output(data)
+
+        try:
+            answer = await self._command(["logs", "--follow", container], output=watch)
+        except NotStarted as error:
+            log.warning("docker logs could not be started; trying again: %s", error)
+            return False
+        return answer.code == 0 or unreadable
 
     async def wait(self, container: str) -> None:
         """Wait until a container has ended, or is gone."""
-        await self.retry_until_answered("wait", container)
+        state = await self.state(container)
+        while state and is_running(state):
+            try:
+                code = (await self._command(["wait", container], deadline=WAIT_SECONDS)).code
+            except NotStarted:
+                code = -1
+            except PastDeadline:
+                code = 0  # the command may have missed the end; the state has not
+            if code:
+                await asyncio.sleep(ENGINE_RETRY_SECONDS)
+            state = await self.state(container)
 
     async def stop(self, container: str, grace: float) -> None:
-        """Ask a container to stop: TERM, the grace period in seconds, KILL."""
-        await self._command(["stop", "--time", str(math.ceil(grace)), container])
+        """Ask a container to stop: TERM, the grace period in seconds, KILL. What comes of it, its state tells."""
+        try:
+            await self._command(["stop", f"-t={math.ceil(grace)}", container], deadline=grace + ANSWER_SECONDS)
+        except (NotStarted, PastDeadline) as error:
+            log.warning("docker stop did not work; trying again: %s", error)
 
-    async def state(self, container: str) -> dict[str, Any] | None:
-        """Give `docker inspect`'s State of a container, or None where it says nothing. Waits for an engine."""
-        words = ["inspect", "--type", "container", "--format", "{{json .State}}", container]
-        answer = await self.retry_until_answered(*words, patience=ENGINE_PATIENCE_SECONDS)
-        with contextlib.suppress(ValueError):
-            state = json.loads(answer.out)
-            return state if isinstance(state, dict) else None
-        return None
+    async def state(self, container: str, patience: float = math.inf) -> dict[str, Any] | None:
+        """Give the State of a container, or None where there is no such container or the command says nothing.
+
+        Raises EngineAway when that has taken `patience` seconds.
+        """
+        words = ["inspect", "--type=container", container]
+        answer = await self.retry_until_answered(*words, about=container, patience=patience)
+        state = [each.get("State") for each in read_list(answer.out)]
+        return state[0] if state and isinstance(state[0], dict) else None
 
     async def has_image(self, image: str) -> bool:
-        words = ["image", "inspect", "--format", "{{.Id}}", image]
-        code, _out, err = await self.retry_until_answered(*words, patience=ENGINE_PATIENCE_SECONDS)
-        is_here = not (code and "no such image" in err.lower())
-        if not is_here:
+        """Whether an image is here, or may be: an engine that gives no clear answer in time says more when it runs."""
+        try:
+            words = ["image", "inspect", "--", image]
+            answer = await self.retry_until_answered(*words, about=image, patience=ENGINE_PATIENCE_SECONDS)
+        except EngineAway:
+            return True
+        if answer.code:
             self.images.discard(image)
-        return is_here
+        return answer.code == 0
 
     async def provide_image(self, image: str, policy: str, platform: str | None) -> str:
         """Have an image here, pulled once for all jobs that wait for it; the engine's error where it can't, or ""."""
@@ -135,56 +196,116 @@ class Engine:
             if policy == "missing" and (image in self.images or await self.has_image(image)):
                 self.images.add(image)
                 return ""
-            code, out, err = await self._command(["pull", "--quiet", *option("--platform", platform), "--", image])
+            words = ["pull", "--quiet", *option("--platform", platform), "--", image]
+            code, out, err = await self._start(words)
             if code == 0:
                 self.images.add(image)
                 return ""
             return err.strip() or out.strip() or f"docker pull ended with exit code {code}"
 
-    async def containers(self, labels: dict[str, str]) -> list[Found]:
-        """Give the containers with these labels."""
-        filters = [word for key, value in labels.items() for word in ("--filter", f"label={key}={value}")]
-        fields = ['{{.Label "jobworker.job"}}', '{{.Label "jobworker.attempt"}}', "{{.State}}", "{{.Names}}"]
-        columns = "\t".join([*fields, '{{.Label "jobworker.name"}}'])
-        answer = await self.retry_until_answered("ps", "--all", "--no-trunc", *filters, "--format", columns)
-        lines = [line.split("\t") for line in answer.out.splitlines()]
-        return [
-            Found(int(job), int(attempt), state, container, name)
-            for job, attempt, state, container, name in (line for line in lines if len(line) == 5)
-            if job.isdecimal() and attempt.isdecimal()
-        ]
+    async def _start(self, words: list[str]) -> Answer:
+        for delay in backoff():
+            try:
+                return await self._command(words)
+            except NotStarted as error:
+                log.warning("docker %s could not be started; trying again: %s", words[0], error)
+            await asyncio.sleep(delay)
+        raise AssertionError
 
-    async def remove(self, containers: list[str], force: bool = True) -> bool:
-        """Remove containers with their anonymous volumes, running ones only by force; True if all are gone."""
-        code, _out, err = await self._command(["rm", *["--force"] * force, "--volumes", *containers])
-        return code == 0 or (code > 0 and all("no such container" in line.lower() for line in err.splitlines()))
+    async def containers(self, labels: dict[str, str]) -> list[Found]:
+        """Give the containers with these labels. Waits until the engine has told of each."""
+        filters = [f"--filter=label={key}={value}" for key, value in labels.items()]
+        for delay in backoff():
+            ids = (await self.retry_until_answered("ps", "--all", "--quiet", "--no-trunc", *filters)).out.split()
+            if not ids:
+                return []
+            code, out, err = await self._inspect_all(ids)
+            listed = read_list(out)
+            absent = sum(bool(ABSENT.search(line)) for line in err.splitlines()) if code > 0 else 0
+            if len(listed) + absent >= len(ids):
+                return [found for each in listed if (found := read_found(each))]
+            await asyncio.sleep(delay)
+        raise AssertionError
+
+    async def _inspect_all(self, ids: list[str]) -> Answer:
+        try:
+            return await self._command(["inspect", "--type=container", *ids], deadline=ANSWER_SECONDS)
+        except (NotStarted, PastDeadline) as error:
+            return Answer(-1, err=str(error))
+
+    async def remove(self, containers: list[str], force: bool = True) -> dict[str, str]:
+        """Remove containers with their anonymous volumes, running ones only by force; those that failed, and why."""
+        try:
+            words = ["rm", *["--force"] * force, "--volumes", *containers]
+            code, out, err = await self._command(words, deadline=ANSWER_SECONDS)
+        except (NotStarted, PastDeadline) as error:
+            return dict.fromkeys(containers, str(error))
+        if code == 0:
+            return {}
+        gone = set(out.split())
+        complaint = err.strip() or f"exit code {code}"
+        return {each: complaint for each in containers if each not in gone and not is_absent(each, err)}
 
     async def remove_if_never_started(self, container: str) -> bool:
         """Remove a container that was only created; False where it has started, as one whose start was under way."""
         await asyncio.sleep(CREATED_SECONDS)
         state = await self.state(container)
-        if state and state.get("Status") != "created":
+        if state and state.get("Status") not in NEVER_STARTED:
             return False
-        return await self.remove([container], force=False)
+        return not await self.remove([container], force=False)
 
 
-# From a configuration's key to its option of `docker run`: once for each entry of a list or map; true is the option
-# alone. pull_policy, timeout and pull_timeout have none: the worker itself sees to them.
-FLAGS = {
-    "volumes": "--volume",
-    "working_dir": "--workdir",
-    "user": "--user",
-    "network_mode": "--network",
-    "mem_limit": "--memory",
-    "cpus": "--cpus",
-    "pids_limit": "--pids-limit",
-    "platform": "--platform",
-    "init": "--init",
-    "labels": "--label",
-    "stop_grace_period": "--stop-timeout",
+def backoff() -> Iterator[float]:
+    """Give how long to wait before each further try, in seconds, without end."""
+    delay: float = ENGINE_RETRY_SECONDS
+    while True:
+        yield delay
+        delay = min(delay * 2, ENGINE_RETRY_CEILING_SECONDS)
+
+
+def is_absent(name: str, complaint: str) -> bool:
+    """Whether a command says clearly that there is no container, or no image, of this name."""
+    short = re.split("[:@]", name.rpartition("/")[2])[0]  # docker.io/library/busybox:1 is busybox to docker
+    return any(ABSENT.search(line) and short in re.split(r"[^\w.-]+", line) for line in complaint.splitlines())
+
+
+def read_list(text: str) -> list[dict[str, Any]]:
+    """Give what `inspect` printed: a JSON list of objects with docker, podman and nerdctl; else nothing."""
+    try:
+        listed = json.loads(text)
+    except ValueError:
+        return []
+    return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+
+
+def read_found(inspected: dict[str, Any]) -> Found | None:
+    """Give a container of ours from what `inspect` says of it; None where its labels are not ours."""
+    labels = (inspected.get("Config") or {}).get("Labels") or {}
+    job, attempt = (str(labels.get(f"jobworker.{key}")) for key in ("job", "attempt"))
+    if not (job.isdecimal() and attempt.isdecimal()):
+        return None
+    status = str((inspected.get("State") or {}).get("Status"))
+    name = str(inspected.get("Name")).removeprefix("/")
+    return Found(int(job), int(attempt), status, name, str(labels.get("jobworker.name", "")))
+
+
+# From a configuration's key to its option of `docker run` and what its value must be: once for each entry of a list or
+# map; true is the option alone. pull_policy, timeout and pull_timeout have none: the worker itself sees to them.
+FLAGS: dict[str, tuple[str, Any]] = {
+    "volumes": ("--volume", list),
+    "working_dir": ("--workdir", str),
+    "user": ("--user", str),
+    "network_mode": ("--network", str),
+    "mem_limit": ("--memory", str | int),
+    "cpus": ("--cpus", str | int | float),
+    "pids_limit": ("--pids-limit", str | int),
+    "platform": ("--platform", str),
+    "init": ("--init", bool),
+    "labels": ("--label", dict),
+    "stop_grace_period": ("--stop-timeout", int | float),
 }
 # The engine's own default has no bound.
-LOG_FLAGS = ["--log-driver", "json-file", "--log-opt", "max-size=10m", "--log-opt", "max-file=3"]
+LOG_FLAGS = ["--log-driver=json-file", "--log-opt=max-size=10m", "--log-opt=max-file=3"]
 
 WORD_LIMIT_BYTES = 128 * 1024  # Linux's MAX_ARG_STRLEN
 NO_WORD = re.compile("[\0\ud800-\udfff]")
@@ -221,16 +342,20 @@ def docker_run_command(
     filed = [name for name in values if DOCKERS_OWN_VARIABLE.fullmatch(name)]
     command = config.get("command")
     tail = [command] if version == 1 and command is not None else words(command)
-    arguments = ["run", "--pull", "never", "--name", container, *LOG_FLAGS, *option("--label", labels)]
-    for key, flag in FLAGS.items():
+    arguments = ["run", "--pull=never", f"--name={container}", *LOG_FLAGS, *option("--label", labels)]
+    for key, (flag, kind) in FLAGS.items():
+        if not is_of_kind(config.get(key), kind):
+            raise ValueError(f"{key} can't be {config[key]!r:.60}")
         arguments += option(flag, config.get(key))
     if config.get("entrypoint") is not None:
         first, *rest = words(config["entrypoint"]) or [""]  # "" takes the image's own away
-        arguments += ["--entrypoint", first]
+        arguments += [f"--entrypoint={first}"]
         tail = rest + tail
-    arguments += ["--env-file", "/dev/stdin"] * bool(filed)
+    arguments += ["--env-file=/dev/stdin"] * bool(filed)
     arguments += option("--env", [name for name in everything if name not in filed])
-    arguments += [*config.get("options", []), "--", config["image"], *tail]
+    if not isinstance(options := config.get("options", []), list) or str(config["image"]).startswith("-"):
+        raise ValueError(f"options must be a list, and {config['image']!r:.60} an image")
+    arguments += [*options, "--", config["image"], *tail]
     for text in (*arguments, *everything, *values.values()):
         if not isinstance(text, str) or NO_WORD.search(text) or len(text.encode()) >= WORD_LIMIT_BYTES:
             raise ValueError(f"{text!r:.60} can be no argument and no variable: no text, too long, or with a NUL in it")
@@ -238,14 +363,21 @@ def docker_run_command(
     return Command(arguments, values, stdin)
 
 
+def is_of_kind(value: Any, kind: Any) -> bool:
+    if value is None or kind is bool:
+        return value is None or isinstance(value, bool)
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def option(flag: str, value: Any) -> list[str]:
+    """Give an option, always as one word: a second one could become the image."""
     if isinstance(value, dict):
         value = [f"{key}={text}" for key, text in value.items()]
     if isinstance(value, list):
-        return [word for text in value for word in (flag, text)]
+        return [f"{flag}={text}" if isinstance(text, str) else text for text in value]
     if value is None or isinstance(value, bool):
         return [flag] * bool(value)
-    return [flag, str(value)]
+    return [f"{flag}={value}"]
 
 
 def words(value: str | list[str] | None) -> list[str]:
@@ -260,11 +392,11 @@ def file_line(name: str, value: str) -> str:
 
 
 def is_running(state: dict[str, Any]) -> bool:
-    return state.get("Status") in ("running", "paused", "restarting")
+    return state.get("Status") in ("running", "paused", "restarting", "stopping")
 
 
 def has_other_code(state: dict[str, Any], code: int) -> bool:
-    return state.get("Status") != "created" and state.get("ExitCode") != code
+    return state.get("Status") not in NEVER_STARTED and state.get("ExitCode") != code
 
 
 def exit_of_command(code: int | None) -> tuple[int | None, str]:
@@ -276,7 +408,7 @@ def exit_of_command(code: int | None) -> tuple[int | None, str]:
 
 def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     """Give the exit code and the failure's reason from `docker inspect`'s State of a container that does not run."""
-    if state.get("Status") == "created" or str(state.get("StartedAt")).startswith("0001-"):
+    if state.get("Status") in NEVER_STARTED or str(state.get("StartedAt")).startswith("0001-"):
         return None, "docker"  # it never started
     code = int(state.get("ExitCode") or 0)
     return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")

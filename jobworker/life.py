@@ -2,15 +2,23 @@
 
 import asyncio
 import contextlib
+import errno
 import fnmatch
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jobworker.container import (
+    ENGINE_PATIENCE_SECONDS,
     ENGINE_RETRY_SECONDS,
     KILLED,
+    NEVER_STARTED,
+    UNREACHED,
+    Answer,
     Command,
     Engine,
+    NotStarted,
+    backoff,
     docker_run_command,
     exit_of_command,
     has_other_code,
@@ -25,6 +33,7 @@ STOP_GRACE_SECONDS = 10
 STOP_AGAIN_SECONDS = 0.5
 OOM_SECONDS = 0.5
 NOT_STARTED = 125
+FENCE_TRIES = 10
 
 Config = dict[str, Any]
 
@@ -43,9 +52,11 @@ class Life:
     force.
     """
 
-    def __init__(self, engine: Engine, configs: dict[str, Config], name: str, container: str) -> None:
+    def __init__(
+        self, engine: Engine, configs: dict[str, Config], name: str, container: str, output: Output | None = None
+    ) -> None:
         self.container = container
-        self.output = Output()
+        self.output = output or Output()
         self._engine, self._configs, self._name = engine, configs, name
         self._config: Config | None = None
         self._started: float | None = None  # on the loop's clock
@@ -78,7 +89,7 @@ class Life:
 
     def failure(self, reason: str, detail: str) -> End:
         """An end without an exit code, whose log says why."""
-        self.output.add(f"jobworker: {detail}\n".encode())
+        self.output.say(f"jobworker: {detail}\n")
         return End(None, reason)
 
     async def run(self, labels: dict[str, str], environment: dict[str, str], globs: list[str], version: int) -> End:
@@ -102,10 +113,31 @@ class Life:
             if self._stopped.is_set():
                 return self.failure(self._stop_reason or "cancelled", "stopped before it started")
             self._config, self._started = config, asyncio.get_running_loop().time()
-            code = await self._engine.run(command, self.output.add)
+            try:
+                code, beginning, _err = await self._start(command)
+            except NotStarted as error:
+                return self.failure(self._stop_reason or "docker", str(error))
+            self.output.is_whole()
             if code != NOT_STARTED or image not in self._engine.images or await self._engine.has_image(image):
-                return await self._conclude(code)
+                return await self._conclude(code, code == NOT_STARTED and bool(UNREACHED.search(beginning)))
             self.output.read_again()  # somebody removed the image since the last job
+
+    async def _start(self, command: Command) -> Answer:
+        """Run the container to its end; a command that can't be started is tried again for a while.
+
+        Raises NotStarted.
+        """
+        clock = asyncio.get_running_loop().time
+        give_up_at = clock() + ENGINE_PATIENCE_SECONDS
+        for delay in backoff():
+            try:
+                return await self._engine.run(command, self.output.add)
+            except NotStarted as error:
+                if error.errno == errno.E2BIG or clock() > give_up_at:
+                    raise
+                if await happens(self._stopped, delay):
+                    raise
+        raise AssertionError
 
     async def _provide_image(self, config: Config) -> str:
         """Have the image here, as the policy says; an error where it can't be had, or ""."""
@@ -129,19 +161,23 @@ class Life:
         await self._follow()
         return await self._conclude(None)
 
-    async def _conclude(self, code: int | None) -> End:
-        """Find out how it ended. code: the exit code of `docker run`, None where that was not ours."""
+    async def _conclude(self, code: int | None, unreached: bool = False) -> End:
+        """Find out how it ended. code: the exit code of `docker run`, None where that was not ours.
+
+        unreached: the command never reached the engine. Else the engine is waited for as long as it takes.
+        Raises EngineAway.
+        """
         if self._over.is_set():  # let go meanwhile, perhaps before there was a container
             return End(code, "cancelled")
-        state = await self._engine.state(self.container) if code != 0 else None
+        patience = ENGINE_PATIENCE_SECONDS if unreached else math.inf
+        state = await self._engine.state(self.container, patience) if code != 0 else None
         while state and (is_running(state) or (code is not None and has_other_code(state, code))):
             await self._follow()  # the command was killed: the container, or its output, went on
             state, code = await self._engine.state(self.container), None
         if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
             await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
             state = await self._engine.state(self.container)
-        never_ran = state and state.get("Status") == "created"
-        if never_ran and not await self._engine.remove_if_never_started(self.container):
+        if state and state.get("Status") in NEVER_STARTED and not await self._fence():
             await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
         code, reason = read_state(state) if state else exit_of_command(code)
@@ -151,14 +187,25 @@ class Life:
             return End(code, self._stop_reason)
         return End(code, None if code == 0 else reason)
 
+    async def _fence(self) -> bool:
+        """Keep a container that was only created from being started; False where it has started."""
+        for _ in range(FENCE_TRIES):
+            if await self._engine.remove_if_never_started(self.container):
+                return True
+            state = await self._engine.state(self.container)
+            if state and state.get("Status") not in NEVER_STARTED:
+                return False
+        return True  # it can't be removed, and nobody has started it in all this time
+
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
         whole = False
-        while not whole:
+        # A container that is gone has no state, and what was read of it stays.
+        while not whole and await self._engine.state(self.container):
             self.output.read_again()
-            whole = await self._engine.follow(self.container, self.output.add)
-            if not whole:  # the command was killed, or the engine is away: a container that is gone has no state
-                whole = await self._engine.state(self.container) is None
+            if whole := await self._engine.follow(self.container, self.output.add):
+                self.output.is_whole()
+            else:  # the command was killed, or the engine is away
                 await asyncio.sleep(ENGINE_RETRY_SECONDS)
         await self._engine.wait(self.container)
 
@@ -166,11 +213,25 @@ class Life:
         while not self._over.is_set():
             # Again until it has ended: a container that is only being created can't be stopped yet.
             await self._engine.stop(self.container, self.config.get("stop_grace_period", STOP_GRACE_SECONDS))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._over.wait(), STOP_AGAIN_SECONDS)
+            await happens(self._over, STOP_AGAIN_SECONDS)
+
+
+async def happens(event: asyncio.Event, seconds: float) -> bool:
+    """Wait for an event for some time; whether it has come."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), seconds)
+    return event.is_set()
 
 
 def allows(globs: list[str], config: Config) -> bool:
-    """Whether a worker with these --allow-image runs this configuration."""
+    """Whether a worker with these --allow-image runs this configuration.
+
+    A glob's part before its first slash, where a registry's name would be, matches the image's part before its own.
+    """
     words_alone = all(word.startswith("-") and word != "--" for word in config.get("options", []))
-    return not globs or (words_alone and any(fnmatch.fnmatchcase(config["image"], glob) for glob in globs))
+    return not globs or (words_alone and any(matches(config["image"], glob) for glob in globs))
+
+
+def matches(image: str, glob: str) -> bool:
+    parts, patterns = image.partition("/")[::2], glob.partition("/")[::2]
+    return glob == "*" or all(fnmatch.fnmatchcase(part, pattern) for part, pattern in zip(parts, patterns, strict=True))

@@ -8,6 +8,8 @@ LOG_TAIL_BYTES = 512 * 1024
 LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
 INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
 CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
+BEGIN_READING = "UPDATE job SET reading = ?, log_bytes = 0 WHERE id = ?"
+DROP_LOG = "DELETE FROM log WHERE job = ? AND attempt = ?"
 LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
 LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
 READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
@@ -22,7 +24,7 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
     row = db.one(LOG_STATE, job, attempt, worker)
     if row is None:
         return None
-    have: int = row[0]
+    have: int = row["log_bytes"]
     if offset < have:
         data, offset = data[have - offset :], have
     if data:
@@ -33,6 +35,23 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
             db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
         db.notes.jobs.add(job)
     return have
+
+
+def begin_reading(db: Database, worker: int, job: int, attempt: int, number: int) -> tuple[int, int] | None:
+    """Begin an attempt's log anew, as a reading with this number; one not above the stored number changes nothing.
+
+    Gives the number of the reading that the log is of now and the offset up to which it is kept, None for a stale
+    message.
+    """
+    row = db.one(LOG_STATE, job, attempt, worker)
+    if row is None:
+        return None
+    if number <= row["reading"]:
+        return row["reading"], row["log_bytes"]
+    db.execute(DROP_LOG, (job, attempt))
+    db.execute(BEGIN_READING, (number, job))
+    db.notes.jobs.add(job)
+    return number, 0
 
 
 def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:

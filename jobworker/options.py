@@ -1,9 +1,10 @@
-"""What both command lines do alike: options with their environment variables, the token file, the log."""
+"""What both command lines do alike: options, the token file, the log, the limit of open files."""
 
 import argparse
 import logging
 import os
 import re
+import resource
 from pathlib import Path
 
 
@@ -57,3 +58,9 @@ def start_logging(verbose: bool) -> None:
     stream = logging.StreamHandler()
     stream.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
+
+
+def raise_limit_of_files() -> None:
+    """Take as many descriptors as the system gives: each worker, each request and each container has some."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -16,7 +16,8 @@ def end_orphans(labels: dict[str, str]) -> None:
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"run" in arguments and wanted <= set(arguments) and int(entry.name) != os.getpid():
+            labels_of = {word.removeprefix(b"--label=") for word in arguments}
+            if b"run" in arguments and wanted <= labels_of and int(entry.name) != os.getpid():
                 os.kill(int(entry.name), signal.SIGKILL)
                 wait_for_end(entry)
 

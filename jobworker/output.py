@@ -19,10 +19,19 @@ class Output:
     """What a container wrote and the server does not have on disk yet: pieces with their byte offset.
 
     At most LOG_BUFFER_BYTES: past the head, the oldest pieces are dropped; the server shows how much is missing.
+
+    When it is read again from its start, what was read before stays in force until the new reading has its first bytes,
+    or is whole. reading: how many were begun before this one; None where a former life of the worker may have begun
+    some.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reading: int | None = 0) -> None:
         self.end = 0
+        self.reading = reading
+        self._servers: int | None = reading  # the reading that the server has, as far as this connection knows
+        self._announced: int | None = None
+        self._again = False  # the next bytes are the first of a new reading
+        self._is_new = False  # this life of the worker has begun this reading
         self._head: deque[tuple[int, bytes]] = deque()  # pieces that begin before LOG_HEAD_BYTES
         self._tail: deque[tuple[int, bytes]] = deque()
         self._size = 0
@@ -30,6 +39,8 @@ class Output:
         self._kept = 0
 
     def add(self, data: bytes) -> None:
+        if self._again:
+            self._begin()
         start, self.end = self.end, self.end + len(data)
         if self.end <= self._kept:
             return
@@ -59,12 +70,48 @@ class Output:
     def resend(self) -> None:
         """On a new connection: everything that is not on disk has to be sent again."""
         self._sent = self._kept
+        self._servers = self._announced = None
 
     def read_again(self) -> None:
         """The output will be added again from its start."""
-        self.end = self._size = 0
+        self._again = True
+
+    def is_whole(self) -> None:
+        """It was read to its end, though perhaps nothing was there."""
+        if self._again:
+            self._begin()
+
+    def say(self, text: str) -> None:
+        """Add a word of the worker's own behind what is there."""
+        self._again = False
+        self.end = max(self.end, self._kept)
+        self.add(text.encode())
+
+    def _begin(self) -> None:
+        self._again, self._is_new = False, True
+        if self.reading is not None:
+            self.reading += 1
+        self.end = self._size = self._sent = self._kept = 0
         self._head.clear()
         self._tail.clear()
+
+    def server_has(self, reading: int) -> None:
+        """The server's log is of this reading."""
+        self._servers = reading
+        if self.reading is None or self.reading < reading:
+            self.reading = reading + self._is_new
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the server is known to have this reading, so that offsets mean the same on both sides."""
+        return self._servers is not None and self._servers == self.reading
+
+    def to_announce(self) -> int | None:
+        """Give the number of this reading where the server has to be told of it, once a connection."""
+        if self._servers is None or self._servers == self.reading or self._announced == self.reading:
+            return None
+        self._announced = self.reading
+        return self.reading
 
     def unsent(self, limit: int) -> Iterator[tuple[int, bytes]]:
         """Give up to about `limit` bytes that were not sent on this connection, as (offset, bytes)."""

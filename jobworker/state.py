@@ -62,7 +62,8 @@ CREATE TABLE job (
     created_at      REAL    NOT NULL,
     started_at      REAL,
     finished_at     REAL,
-    log_bytes       INTEGER NOT NULL DEFAULT 0
+    log_bytes       INTEGER NOT NULL DEFAULT 0,
+    reading         INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
 CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
@@ -116,6 +117,7 @@ INSERT INTO request SELECT idempotency_key, NULL, id, 1 FROM job WHERE idempoten
 DROP INDEX job_idempotency_key;
 CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
 ALTER TABLE job DROP COLUMN idempotency_key;
+ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
 """,
 }
 
@@ -142,7 +144,7 @@ READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
 READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job INDEXED BY job_ready
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
-ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes FROM job
+ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes, reading FROM job
     WHERE {_ACTIVE} AND worker = ?"""
 MAY_COME_BACK = f"""SELECT id, name, protocol FROM worker
     WHERE expected = 1 OR id IN (SELECT worker FROM job WHERE {_ACTIVE})"""
@@ -161,7 +163,7 @@ FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = 
 END_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
     WHERE id = :id AND state = :from_state {_ENDED}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
-    started_at = NULL, log_bytes = 0 WHERE {_GUARD}"""
+    started_at = NULL, log_bytes = 0, reading = 0 WHERE {_GUARD}"""
 KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finished_at, exit_code, reason, log_bytes)
     SELECT id, attempt, worker, started_at, :now, :exit_code, :reason, log_bytes FROM job WHERE id = :id"""
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
@@ -184,7 +186,7 @@ CONNECT_WORKER = """UPDATE worker SET expected = 1, connected = 1, protocol = :p
 DISCONNECT_WORKER = "UPDATE worker SET connected = 0 WHERE id = ? AND connected_at = ?"
 DISCONNECT_ALL = "UPDATE worker SET connected = 0 WHERE expected = 1 AND connected"
 FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND expected = 1"
-LOG_STATE = "SELECT log_bytes FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
+LOG_STATE = "SELECT log_bytes, reading FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
@@ -276,6 +278,7 @@ class HeldAttempt(NamedTuple):
     attempt: int
     log_bytes: int
     cancelling: bool
+    reading: int
 
 
 class Tick:
@@ -589,7 +592,7 @@ def attach(db: Database, arrival: Arrival, now: float, retry: RetryDelay) -> tup
     for row in db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall():
         key = row["id"], row["attempt"]
         if key in kept:
-            wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"])))
+            wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"]), row["reading"]))
         else:
             _lose(db, row, now, retry)
     return worker, wanted

@@ -2,8 +2,10 @@
 
     python tests/docker_stand_in.py FOLDER     lay out FOLDER: a `docker` to be put first on PATH, and all it needs
 
-What happens is noted in FOLDER/ledger; FOLDER/down is an engine that is not there, FOLDER/VERB-delay a slow one. A
-worker starts this program for each of its calls, so it imports little, and its byte code is made beforehand.
+What happens is noted in FOLDER/ledger; FOLDER/down is an engine that is not there, FOLDER/VERB-delay a slow one,
+FOLDER/refuse what it says instead of anything else, FOLDER/busy-NAME a container that it does not remove, and
+FOLDER/hang-NAME one of which a removal never ends. A worker starts this program for each of its calls, so it imports
+little, and its byte code is made beforehand.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ RUN_FLAGS = "--init --rm -i -t --interactive --tty --privileged --read-only --oo
 def main(verb: str, *words: str) -> None:
     if os.path.exists(HERE + "down"):
         fail("Cannot connect to the Docker daemon. Is the docker daemon running?", 125 if verb == "run" else 1)
+    if (refusal := read(HERE + "refuse", "")) and verb != "--shim":
+        fail(refusal, 125 if verb == "run" else 1)
     if verb in ("container", "image") and words:
         verb, words = words[0] if verb == "container" else verb + " " + words[0], words[1:]
     ledger("call", verb, os.getpid())
@@ -273,6 +277,12 @@ def rm(*words: str) -> NoReturn:
         box = BOXES + name + "/"
         if not os.path.isdir(box):
             sys.stderr.write(f"Error: No such container: {name}\n")
+            code = 1
+            continue
+        if os.path.exists(HERE + "hang-" + name):
+            time.sleep(1000)
+        if os.path.exists(HERE + "busy-" + name):
+            sys.stderr.write(f"Error response from daemon: container {name}: device or resource busy\n")
             code = 1
             continue
         gone = f"{BOXES}.gone{os.getpid()}"

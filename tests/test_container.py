@@ -10,7 +10,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from jobworker.config import JobConfig
-from jobworker.container import FLAGS, Command, docker_run_command
+from jobworker.container import FLAGS, Command, docker_run_command, is_absent
+from jobworker.life import allows
 from tests.stage import (
     Docker,
     Server,
@@ -28,31 +29,31 @@ class TestDockerRunArguments:
     def test_a_job_without_keys_is_run_with_what_every_job_has(self) -> None:
         command = command_of({"command": None})
         assert " ".join(command.arguments) == (
-            "run --pull never --name jobworker-s-7-1 --log-driver json-file --log-opt max-size=10m --log-opt max-file=3"
-            " --label jobworker.job=7 -- busybox"
+            "run --pull=never --name=jobworker-s-7-1 --log-driver=json-file --log-opt=max-size=10m --log-opt=max-file=3"
+            " --label=jobworker.job=7 -- busybox"
         )
         assert (command.variables, command.stdin) == ({}, "")
 
     @pytest.mark.parametrize(
         ("keys", "flags"),
         [
-            ("volumes: [/a:/b, c:/d:ro]", ["--volume", "/a:/b", "--volume", "c:/d:ro"]),
-            ("working_dir: /srv", ["--workdir", "/srv"]),
-            ("user: 'nobody:nogroup'", ["--user", "nobody:nogroup"]),
-            ("network_mode: none", ["--network", "none"]),
-            ("mem_limit: 512m", ["--memory", "512m"]),
-            ("cpus: 0.5", ["--cpus", "0.5"]),
-            ("pids_limit: 64", ["--pids-limit", "64"]),
-            ("platform: linux/amd64", ["--platform", "linux/amd64"]),
+            ("volumes: [/a:/b, c:/d:ro]", ["--volume=/a:/b", "--volume=c:/d:ro"]),
+            ("working_dir: /srv", ["--workdir=/srv"]),
+            ("user: 'nobody:nogroup'", ["--user=nobody:nogroup"]),
+            ("network_mode: none", ["--network=none"]),
+            ("mem_limit: 512m", ["--memory=512m"]),
+            ("cpus: 0.5", ["--cpus=0.5"]),
+            ("pids_limit: 64", ["--pids-limit=64"]),
+            ("platform: linux/amd64", ["--platform=linux/amd64"]),
             ("init: true", ["--init"]),
             ("init: false", []),
-            ("labels: {a: b, c: }", ["--label", "a=b", "--label", "c="]),
-            ("stop_grace_period: 1m30s", ["--stop-timeout", "90"]),
-            ("stop_grace_period: 0", ["--stop-timeout", "0"]),
+            ("labels: {a: b, c: }", ["--label=a=b", "--label=c="]),
+            ("stop_grace_period: 1m30s", ["--stop-timeout=90"]),
+            ("stop_grace_period: 0", ["--stop-timeout=0"]),
             ("options: --cap-drop ALL", ["--cap-drop=ALL"]),
-            ("entrypoint: /bin/sh", ["--entrypoint", "/bin/sh"]),
-            ("entrypoint: ''", ["--entrypoint", ""]),
-            ("entrypoint: []", ["--entrypoint", ""]),
+            ("entrypoint: /bin/sh", ["--entrypoint=/bin/sh"]),
+            ("entrypoint: ''", ["--entrypoint="]),
+            ("entrypoint: []", ["--entrypoint="]),
             ("pull_policy: always\npull_timeout: 5\ntimeout: 5", []),
             ("retries: 1\nretry_delay: 5\nconcurrency: 1\ntags: [a]\npriority: 1\nparameters: {A: }", []),
         ],
@@ -61,6 +62,25 @@ class TestDockerRunArguments:
         wire = json.loads(json.dumps(job_of(keys, tmp_path).to_wire()))
         plain = command_of({}).arguments
         assert command_of(wire).arguments == [*plain[:-2], *flags, *plain[-2:]]
+
+    @pytest.mark.parametrize(
+        "config",
+        [
+            {"init": ["--pull=always", "evil/image"]},
+            {"init": "evil/image"},
+            {"cpus": True},
+            {"user": ["a"]},
+            {"volumes": "/:/host"},
+            {"labels": ["a=b"]},
+            {"platform": {"a": "b"}},
+            {"options": "--privileged"},
+            {"stop_grace_period": "1s"},
+            {"image": "--privileged"},
+        ],
+    )
+    def test_a_value_of_another_type_becomes_no_word(self, config: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match=r"can't be|must be"):
+            command_of(config)
 
     def test_every_key_of_the_configuration_has_an_option_or_is_seen_to_elsewhere(self) -> None:
         here = {"name", "image", "command", "entrypoint", "environment", "options"}
@@ -109,12 +129,12 @@ class TestDockerRunArguments:
     def test_a_jobs_own_value_replaces_the_configurations(self) -> None:
         command = command_of({"environment": {"A": "config", "B": "config"}}, {"A": "job"})
         assert command.variables == {"A": "job", "B": "config"}
-        assert command.arguments[-6:] == ["--env", "A", "--env", "B", "--", "busybox"]
+        assert command.arguments[-4:] == ["--env=A", "--env=B", "--", "busybox"]
 
     def test_a_name_alone_takes_the_workers_value(self) -> None:
         command = command_of({"environment": {"A": None, "PATH": None}})
         assert (command.variables, command.stdin) == ({}, "")
-        assert command.arguments[-6:] == ["--env", "A", "--env", "PATH", "--", "busybox"]
+        assert command.arguments[-4:] == ["--env=A", "--env=PATH", "--", "busybox"]
 
     @pytest.mark.parametrize(
         "name",
@@ -125,7 +145,7 @@ class TestDockerRunArguments:
     def test_a_variable_of_dockers_own_goes_by_a_file_so_that_docker_does_not_see_it(self, name: str) -> None:
         command = command_of({"environment": {name: " a=b # c ", "OTHER": "x"}})
         assert (command.variables, command.stdin) == ({"OTHER": "x"}, f"{name}= a=b # c \n")
-        assert command.arguments[-6:] == ["--env-file", "/dev/stdin", "--env", "OTHER", "--", "busybox"]
+        assert command.arguments[-4:] == ["--env-file=/dev/stdin", "--env=OTHER", "--", "busybox"]
 
     @pytest.mark.parametrize(
         "name", ["GOOGLE_KEY", "SSH_PRIVATE_KEY", "SSL_KEY", "MYPATH", "PATH_TO", "HOME2", "STORAGE_KEY"]
@@ -155,6 +175,48 @@ class TestDockerRunArguments:
         assert f"HOME={secret}\n" in command.stdin
 
 
+class TestAllowedImages:
+    """--allow-image."""
+
+    @pytest.mark.parametrize(
+        ("image", "glob", "allowed"),
+        [
+            ("busybox:1", "busybox*", True),
+            ("busybox.evil.example/x", "busybox*", False),
+            ("busybox/x", "busybox*", False),
+            ("registry.example/a/b:1", "registry.example/*", True),
+            ("registry.example.evil/a", "registry.example/*", False),
+            ("evil.example/registry.example/a", "*registry.example/a", False),
+            ("any.example/x", "*", True),
+        ],
+    )
+    def test_a_star_does_not_leave_the_registrys_name(self, image: str, glob: str, allowed: bool) -> None:
+        assert allows([glob], {"image": image}) == allowed
+
+
+class TestEnginesWords:
+    """What an engine's complaint means."""
+
+    @pytest.mark.parametrize(
+        ("name", "complaint"),
+        [
+            ("x-1", "Error: No such object: x-1"),
+            ("x-1", 'Error: no container with name or ID "x-1" found: no such container'),
+            ("docker.io/library/busybox:1", "Error response from daemon: No such image: busybox:1"),
+            ("busybox", "Error: inspecting object: busybox: image not known"),
+        ],
+    )
+    def test_there_is_none(self, name: str, complaint: str) -> None:
+        assert is_absent(name, f"WARNING: something\n{complaint}\n")
+
+    @pytest.mark.parametrize(
+        "complaint",
+        ["", "permission denied while trying to connect", "Error: No such object: x-10", 'context "x-1" not found'],
+    )
+    def test_whatever_else_it_says_there_may_be_one(self, complaint: str) -> None:
+        assert not is_absent("x-1", complaint)
+
+
 class TestContainer:
     """How a job's config becomes a container."""
 
@@ -171,7 +233,7 @@ class TestContainer:
         [(name, _, _, *words)] = docker.ledger("run", job)
         assert re.fullmatch(rf"jobworker-[0-9a-f]{{8}}-{job}-1", name)
         for label in ("jobworker.worker=worker", f"jobworker.job={job}", "jobworker.attempt=1"):
-            assert label in words
+            assert f"--label={label}" in words
         assert words[-3:] == ["--", "busybox", "true"]
         assert "--rm" not in words
 

@@ -167,4 +167,6 @@ SAMPLES: dict[Any, Any] = {
     protocol.JobFailure: protocol.JobFailure(1, 1),
     protocol.Hello: protocol.Hello("a", 1, (), "", ()),
     protocol.Log: protocol.Log(1, 1, 0, b""),
+    protocol.Reading: protocol.Reading(1, 1, 1),
+    protocol.ReadAgain: protocol.ReadAgain(1, 1, 1),
 }

@@ -252,7 +252,7 @@ class StoreHistories(RuleBasedStateMachine):
         for job in self.jobs.values():
             if job.worker == worker and job.state in ACTIVE:
                 if (job.id, job.attempt) in pairs:
-                    expected.add((job.id, job.attempt, job.log_bytes, job.cancelling))
+                    expected.add((job.id, job.attempt, job.log_bytes, job.cancelling, 0))
                 else:
                     job.lose(self.now)
         assert {tuple(it) for it in wanted} == expected

@@ -73,7 +73,7 @@ class TestMigration:
         assert not [row for row, _ in store.do(state_module.workers).result() if row["connected"]]
         assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, retry_delay).result() == (
             1,
-            [(3, 1, 0, False)],
+            [(3, 1, 0, False, 0)],
         )
 
     def test_it_is_migrated_once(self, store: Store, tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Removes containers that nobody needs any more. It knows nothing of jobs."""
+
+import asyncio
+import logging
+
+from jobworker.container import Engine
+
+REMOVE_AT_ONCE = 100
+REMOVALS = 8  # calls at the same time, where some hang
+HUNG_SECONDS = 2
+AGAIN_SECONDS = 1
+AGAIN_CEILING_SECONDS = 60
+
+log = logging.getLogger("worker")
+
+
+class Cleaner:
+    """Removes containers, some in one call.
+
+    One that fails waits longer each time, and is tried in smaller and smaller company, so that it holds up no other.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._waiting: dict[str, tuple[int, float]] = {}  # how often it has failed, and when it is due
+        self._under_way: set[str] = set()
+        self._calls: set[asyncio.Task[None]] = set()
+        self._first_tries_from = 0.0
+
+    def add(self, container: str) -> None:
+        if container not in self._under_way:
+            self._waiting.setdefault(container, (0, 0))
+
+    def start(self) -> None:
+        """Begin to remove what is due."""
+        now = asyncio.get_running_loop().time()
+        for failures in sorted({failures for failures, _due in self._waiting.values()}):
+            if len(self._calls) >= REMOVALS or (failures == 0 and now < self._first_tries_from):
+                continue
+            due = [each for each, (count, at) in self._waiting.items() if count == failures and at <= now]
+            if due:
+                if failures == 0:  # no second call beside a first one, unless that hangs
+                    self._first_tries_from = now + HUNG_SECONDS
+                call = asyncio.ensure_future(self._remove(due[: REMOVE_AT_ONCE // 10**failures or 1]))
+                self._calls.add(call)
+                call.add_done_callback(self._calls.discard)
+
+    async def remove_all(self) -> None:
+        """Try once more to remove all that is left."""
+        if self._calls:
+            await asyncio.wait(self._calls)
+        left = list(self._waiting)
+        for start in range(0, len(left), REMOVE_AT_ONCE):
+            await self._remove(left[start : start + REMOVE_AT_ONCE])
+
+    async def _remove(self, containers: list[str]) -> None:
+        failures = {each: self._waiting.pop(each)[0] for each in containers}
+        self._under_way.update(containers)
+        failed = await self._engine.remove(containers)
+        self._under_way.difference_update(containers)
+        now = asyncio.get_running_loop().time()
+        if 0 in failures.values():
+            self._first_tries_from = 0
+        for container in failed:
+            delay = min(AGAIN_SECONDS * 2 ** failures[container], AGAIN_CEILING_SECONDS)
+            self._waiting[container] = failures[container] + 1, now + delay
+        for complaint in sorted({failed[each] for each in failed if failures[each] == 0}):
+            names = ", ".join(each for each in failed if failed[each] == complaint)
+            log.warning("can't remove %s; trying again: %s", names, complaint)

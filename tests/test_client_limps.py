@@ -1,0 +1,316 @@
+"""client.py beside an engine that refuses, hangs, is away, or won't remove: promises 2 to 7 hold."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import protocol
+from tests.peers import ScriptedServer
+from tests.stage import ROOT, Program, Server, Stage, Worker, meanwhile, until
+
+DENIED = "permission denied while trying to connect to the Docker daemon socket"
+LONG = "echo early; while [ ! -e {} ]; do sleep 0.05; done; echo late"
+
+
+def refuse(stage: Stage, text: str = DENIED) -> Path:
+    """Let the engine say this to everything; the file whose removal ends it."""
+    path = stage.docker.folder / "refuse"
+    path.write_text(text)
+    return path
+
+
+def by_path(stage: Stage) -> tuple[str, str]:
+    """The stand-in named by its path: where that is away, no other docker on PATH is taken instead."""
+    return "--docker", str(stage.docker.folder / "docker")
+
+
+def is_gone(docker: Path) -> Path:
+    """Let the docker command be away, as in an upgrade."""
+    return docker.rename(docker.with_name("away"))
+
+
+class WithAJob:
+    """A job that runs until `end` says so."""
+
+    @staticmethod
+    def begin(stage: Stage, *arguments: str) -> tuple[Server, Worker, int]:
+        server = stage.server()
+        worker = stage.worker(server, *arguments)
+        job = server.sh(LONG.format(stage.folder / "go"))
+        until(lambda: stage.docker.starts(job))
+        return server, worker, job
+
+    @staticmethod
+    def end(stage: Stage, server: Server, job: int, seconds: float = 20) -> None:
+        (stage.folder / "go").touch()
+        assert server.ended(job, seconds)["success"]
+        assert server.log(job) == b"early\nlate\n"
+        assert stage.docker.starts(job) == 1
+        until(lambda: stage.docker.containers() == [])
+
+
+class TestNoAnswer(WithAJob):
+    """No answer is never "there is none"."""
+
+    @pytest.mark.parametrize("words", [DENIED, 'context "remote" not found', "template parsing error"])
+    def test_a_worker_that_may_not_ask_says_no_hello(self, stage: Stage, words: str) -> None:
+        server, worker, job = self.begin(stage)
+        worker.kill()
+        refusal = refuse(stage, words)
+        Program.start(worker)  # it does not connect yet
+        until(lambda: worker.said("docker ps did not get an answer"))
+        time.sleep(0.5)
+        assert server.job(job)["state"] == "running"
+        refusal.unlink()
+        self.end(stage, server, job)
+
+    def test_a_state_that_can_not_be_had_is_asked_for_again(self, stage: Stage) -> None:
+        server, worker, job = self.begin(stage)
+        refusal = refuse(stage)
+        os.kill(stage.docker.clients(job)[0], signal.SIGKILL)
+        until(lambda: worker.said("docker inspect did not get an answer"))
+        refusal.unlink()
+        self.end(stage, server, job)
+
+    @meanwhile
+    def test_what_has_started_is_waited_for_as_long_as_it_takes(self, stage: Stage) -> None:
+        server, worker, job = TestNoAnswer.begin(stage)
+        down = stage.docker.folder / "down"
+        down.touch()
+        os.kill(stage.docker.clients(job)[0], signal.SIGKILL)
+        until(lambda: worker.said("docker inspect did not get an answer"))
+        time.sleep(35)
+        assert server.job(job)["state"] == "running"
+        down.unlink()
+        TestNoAnswer.end(stage, server, job, 40)
+
+
+class TestHangingCommands(WithAJob):
+    """Every short command has a deadline, and only the container that it is about waits."""
+
+    @meanwhile
+    def test_one_that_asks_for_a_state_is_killed_and_asked_again(self, stage: Stage) -> None:
+        server, worker, job = TestHangingCommands.begin(stage)
+        stage.docker.delay("inspect", 1000)
+        os.kill(stage.docker.clients(job)[0], signal.SIGKILL)
+        until(lambda: stage.docker.calls("inspect"))
+        stage.docker.delay("inspect", 0)
+        assert server.http("DELETE", f"/api/jobs/{job}").status == 200
+        assert server.ended(job, 60)["state"] == "cancelled"
+        assert worker.said("took more than 30 s")
+        until(lambda: stage.docker.containers() == [])
+
+    @meanwhile
+    def test_one_that_removes_holds_up_no_other(self, stage: Stage) -> None:
+        server, _worker, job = TestHangingCommands.begin(stage)
+        [name] = stage.docker.containers()
+        (stage.docker.folder / f"hang-{name}").touch()
+        (stage.folder / "go").touch()
+        server.ended(job)
+        until(lambda: stage.docker.calls("rm"))
+        for _ in range(3):
+            server.ended(server.post("quick"))
+        until(lambda: stage.docker.containers() == [name])
+        (stage.docker.folder / f"hang-{name}").unlink()
+        until(lambda: stage.docker.containers() == [], 50)
+
+
+class TestNoCommand(WithAJob):
+    """The docker command can't be started for a moment."""
+
+    def test_its_job_is_stopped_all_the_same(self, stage: Stage) -> None:
+        server, worker, job = self.begin(stage, *by_path(stage))
+        docker = stage.docker.folder / "docker"
+        away = is_gone(docker)
+        server.http("DELETE", f"/api/jobs/{job}")
+        until(lambda: worker.said("docker stop did not work"))
+        away.rename(docker)
+        assert server.ended(job)["state"] == "cancelled"
+        until(lambda: stage.docker.containers() == [])
+
+    def test_a_removal_does_not_end_the_worker(self, stage: Stage) -> None:
+        server, worker, job = self.begin(stage, *by_path(stage))
+        docker = stage.docker.folder / "docker"
+        away = is_gone(docker)
+        (stage.folder / "go").touch()
+        assert server.ended(job)["success"]
+        until(lambda: worker.said("can't remove jobworker-"))
+        away.rename(docker)
+        until(lambda: stage.docker.containers() == [])
+        assert worker.process.poll() is None
+
+    def test_an_adopted_job_goes_on(self, stage: Stage) -> None:
+        server, worker, job = self.begin(stage, *by_path(stage))
+        docker = stage.docker.folder / "docker"
+        worker.kill()
+        stage.docker.delay("inspect", 0.3)
+        worker.start()
+        away = is_gone(docker)
+        until(lambda: worker.said("docker (inspect|logs) (did not get|could not be started)"))
+        away.rename(docker)
+        stage.docker.delay("inspect", 0)
+        self.end(stage, server, job)
+
+    def test_a_job_starts_when_it_is_there_again(self, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server, *by_path(stage))
+        server.ended(server.post("quick"))
+        until(lambda: stage.docker.containers() == [])
+        docker = stage.docker.folder / "docker"
+        away = is_gone(docker)
+        job = server.post("quick")
+        until(lambda: server.job(job)["state"] == "running")
+        time.sleep(0.5)
+        away.rename(docker)
+        assert server.ended(job)["success"]
+        assert worker.process.poll() is None
+
+
+class TestRemoval:
+    """What went is gone; what failed waits longer each time, by itself."""
+
+    def test_one_that_is_busy_holds_up_no_other_and_is_said_once(self, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server, "--slots", "2")
+        first = server.sh("sleep 0.5")
+        until(lambda: stage.docker.starts(first))
+        [name] = stage.docker.containers()
+        busy = stage.docker.folder / f"busy-{name}"
+        busy.touch()
+        server.ended(first)
+        until(lambda: worker.said("device or resource busy"))
+        for _ in range(5):
+            server.ended(server.post("quick"))
+        until(lambda: stage.docker.containers() == [name])
+        time.sleep(3)
+        assert worker.stderr.count("device or resource busy") == 1
+        assert len(stage.docker.calls("rm")) <= 5 + 4
+        busy.unlink()
+        until(lambda: stage.docker.containers() == [], 20)
+
+
+class TestLogReadAgain(WithAJob):
+    """What the docker command says on its own never takes the place of a job's bytes."""
+
+    def test_an_image_that_was_removed_between_two_jobs(self, stage: Stage) -> None:
+        server = stage.server(jobs="- {name: a, image: busybox, command: [echo, a line of the job itself]}")
+        stage.worker(server)
+        server.ended(server.post("a"))
+        stage.docker.allow("")
+        (stage.docker.folder / "registry").write_text("busybox")
+        stage.docker.delay("image inspect", 1)
+        job = server.post("a")
+        until(lambda: b"No such image" in server.log(job))
+        assert server.ended(job)["success"]
+        assert server.log(job) == b"a line of the job itself\n"
+
+    def test_a_worker_that_comes_back_twice(self, stage: Stage) -> None:
+        server, worker, job = self.begin(stage)
+        for _ in range(2):
+            until(lambda: server.log(job) == b"early\n")
+            worker.kill()
+            worker.start()
+        server.kill()
+        server.start()
+        self.end(stage, server, job)
+
+    def test_an_older_server_is_not_told(self, stage: Stage) -> None:
+        config = {"name": "a", "image": "busybox", "command": ["sh", "-c", LONG.format(stage.folder / "go")]}
+        with ScriptedServer(config, version=2) as server:
+            worker = stage.worker(server)
+            server.send(protocol.Enqueue(5, "a", 1))
+            server.wait_for(protocol.JobRunning(5, 1))
+            server.send(protocol.Go(5, 1))
+            server.wait_for(protocol.Log(5, 1, 0, b"early\n"))
+            worker.kill()
+            server.received.clear()
+            worker.start()
+            server.send(protocol.Logged(5, 1, 6))
+            (stage.folder / "go").touch()
+            server.wait_for(protocol.JobSuccess(5, 1, 0))
+            logged = [message for message in server.received if isinstance(message, protocol.Log)]
+            assert logged[-1].offset + len(logged[-1].data) == len(b"early\nlate\n")
+            assert not any(isinstance(message, protocol.ReadAgain) for message in server.received)
+
+
+class TestVersion1Server:
+    """What was sent on an earlier connection is neither started nor reported on a later one."""
+
+    def test_of_two_jobs_with_one_name_the_first_counts(self, stage: Stage) -> None:
+        configs: list[dict[str, Any]] = [
+            {"name": "a", "image": image, "command": None} for image in ("hello-world", "missing")
+        ]
+        with ScriptedServer(*configs) as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(1, "a"))
+            server.wait_for(protocol.JobSuccess(1))
+
+    def test_a_result_of_an_earlier_connection_is_not_reported(self, stage: Stage) -> None:
+        command = f"{stage.folder}/script"
+        Path(command).write_text(f"#!/bin/sh\n{LONG.format(stage.folder / 'go')}\n")
+        Path(command).chmod(0o755)
+        configs: list[dict[str, Any]] = [
+            {"name": "long", "image": "busybox", "command": command},
+            {"name": "a", "image": "hello-world", "command": None},
+        ]
+        with ScriptedServer(*configs) as server:
+            stage.worker(server)
+            server.send(protocol.Enqueue(1, "long"))
+            server.send(protocol.Enqueue(2, "a"))
+            until(lambda: stage.docker.starts(1))
+            first = server.peer
+            server.hang_up()
+            until(lambda: server.peer is not first)
+            server.received.clear()
+            (stage.folder / "go").touch()
+            server.send(protocol.Enqueue(3, "a"))
+            server.wait_for(protocol.JobSuccess(3))
+            assert server.received == [protocol.JobRunning(3), protocol.JobSuccess(3)]
+            assert (stage.docker.starts(1), stage.docker.starts(2)) == (1, 0)
+            assert stage.docker.ledger("end", 1)[0][1] == "0"
+            until(lambda: stage.docker.containers() == [])
+
+
+class TestLimits:
+    """What the worker needs of its host."""
+
+    def test_it_takes_as_many_files_as_it_may(self, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server)
+        soft, hard = resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE)
+        assert soft == hard
+
+    @pytest.mark.parametrize("trap", ["link", "open"])
+    def test_a_folder_for_locks_that_others_can_write_to_is_refused(self, tmp_path: Path, trap: str) -> None:
+        folder = tmp_path / f"jobworker-{os.getuid()}"
+        if trap == "link":
+            (tmp_path / "elsewhere").mkdir(mode=0o700)
+            folder.symlink_to("elsewhere")
+        else:
+            folder.mkdir()
+            folder.chmod(0o777)
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        command = [sys.executable, str(ROOT / "client.py"), "--docker", "true", "localhost:1/runner"]
+        ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=10)
+        assert ended.returncode == 2
+        assert "set TMPDIR" in ended.stderr
+
+    def test_a_link_in_the_place_of_a_lock_is_not_followed(self, tmp_path: Path) -> None:
+        folder = tmp_path / f"jobworker-{os.getuid()}"
+        folder.mkdir(mode=0o700)
+        (folder / "a.lock").symlink_to(tmp_path / "made")
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
+        command = [sys.executable, str(ROOT / "client.py"), "--docker", "true", "--name", "a", "localhost:1/runner"]
+        ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=10)
+        assert ended.returncode == 2
+        assert not (tmp_path / "made").exists()
+        assert "Traceback" not in ended.stderr
