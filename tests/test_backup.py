@@ -10,6 +10,7 @@ import resource
 import socket
 import sqlite3
 import statistics
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ def filled(stage: Stage, megabytes: int) -> None:
     connection.executemany("INSERT INTO log VALUES (?, ?, ?, ?)", rows)
     connection.execute("COMMIT")
     connection.close()
+    with (stage.folder / "jobs.db").open("rb") as file:
+        os.fsync(file)  # otherwise the server's first checkpoint has to write it all
 
 
 def saved(server: Server, path: Path) -> Path:
@@ -185,7 +188,9 @@ class TestCopy:
                 posting.until(200)
             idle.append(max(posting.seconds))
             with Posting(server, 4) as posting:
-                saved(server, stage.folder / "copy.db")
+                # Another process reads it, and no disk: neither our own lock nor its writes shall be what is measured.
+                url = f"http://127.0.0.1:{server.port}/api/backup"
+                subprocess.run(["curl", "-fsS", "--noproxy", "*", "-o", "/dev/null", url], check=True, timeout=60)
             copying.append(max(posting.seconds))
         print(f"longest POST: {[f'{1000 * s:.1f}' for s in idle]} ms idle, {[f'{1000 * s:.1f}' for s in copying]} ms")
         assert statistics.median(copying) < 4 * statistics.median(idle) + 0.05
