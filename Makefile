@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
 WITH_ENGINE := $(BIN)/python checks/engine.py run --
 
-.PHONY: help demo run test lint format coverage bench bench-peers chaos mutants clean
+.PHONY: help demo run test lint format coverage bench bench-peers simulate chaos mutants clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,9 @@ bench: .venv/ready-dev ## how fast it is on this machine, beside what else does 
 bench-peers: .venv/ready-dev ## the same work by rq, celery, dramatiq and huey, installed in a folder of their own
 	@command -v redis-server >/dev/null || $(PYTHON) checks/packages.py redis-server
 	@$(BIN)/python checks/bench.py --peers $(ARGS)
+
+simulate: .venv/ready-dev ## play histories of the real code on a virtual clock: ARGS="--histories 200000"
+	@$(BIN)/python checks/simulate.py $(ARGS)
 
 chaos: .venv/ready-dev ## kill everything again and again and count the promises
 	@$(WITH_ENGINE) $(BIN)/python checks/chaos.py $(ARGS)

@@ -357,12 +357,11 @@ class Engine:
     def _start(self, container: Container) -> None:
         container.state, container.began = "running", self.world.now()
         job, attempt = int(container.labels[LABEL_OF_JOB]), int(container.labels[LABEL_OF_ATTEMPT])
-        line = Start(job, attempt, self.host, container.began, container)
-        self.world.starts.append(line)
+        self.world.starts.append(Start(job, attempt, self.host, container.began, container))
         self.world.tell(f"{self.host}: {container.name} starts")
-        self.world.spawn(self._live(container, line))
+        self.world.spawn(self._live(container))
 
-    async def _live(self, container: Container, line: Start) -> None:
+    async def _live(self, container: Container) -> None:
         plan = container.plan
         lines = plan.get("lines", 0)
         for number in range(lines):
@@ -375,7 +374,6 @@ class Engine:
             await asyncio.sleep(0 if lines else plan.get("seconds", 0))
         if container.state == "running":
             self.end(container, plan.get("code", 0))
-        line.ended = self.world.now()
 
     def end(self, container: Container, code: int) -> None:
         if container.state == "running":
@@ -577,8 +575,15 @@ class PlayedServer:
     def accept(self) -> Link:
         link = Link(self.world, self.store.server_id)
         self.links = [each for each in self.links if each.far.end is None] + [link]
-        self.life.start(self.core.dispatcher.serve(link.far))  # type: ignore[arg-type]
+        self.life.start(self.serve(link))
         return link
+
+    async def serve(self, link: Link) -> None:
+        """Serve a connection as `websockets` has it served: it is closed where that is over."""
+        try:
+            await self.core.dispatcher.serve(link.far)  # type: ignore[arg-type]
+        finally:
+            await link.far.close()
 
     def kill(self) -> None:
         self.store.kill()

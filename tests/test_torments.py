@@ -20,5 +20,15 @@ class TestTorments:
     def test_a_short_storm_breaks_no_promise(self) -> None:
         assert "1 of 1 storms kept every promise" in run("checks/chaos.py", "--short", "--seed", "7")
 
+    def test_histories_break_no_promise(self) -> None:
+        assert "600 of 600 histories kept every promise" in run("checks/simulate.py", "--histories", "600")
+
+    def test_a_history_is_replayed_exactly(self) -> None:
+        first, second = (run("checks/simulate.py", "--histories", "3", "--seed", "11") for _ in range(2))
+        assert [line for line in first.splitlines() if "digest" not in line] == [
+            line for line in second.splitlines() if "digest" not in line
+        ]
+        assert first.rpartition("digest is ")[2] == second.rpartition("digest is ")[2]
+
     def test_every_row_of_the_benchmarks_can_be_measured(self) -> None:
         assert "jobs/s" in run("checks/bench.py", "--quick")
