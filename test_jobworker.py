@@ -11,6 +11,10 @@
  9. Nothing is done for strangers: without the token, or for another site's page.           TestPromise09Strangers
 10. SIGTERM lets a worker finish its jobs; a second one leaves them to its next start.      TestPromise10Drain
 11. A full disk refuses new jobs and loses no old one.                                      TestPromise11DiskFull
+13. A part that limps takes nothing else with it.                   tests/test_*_limps.py, test_limits_http.py
+14. A copy of everything can be taken while the server runs.                                tests/test_backup.py
+
+And all of them together, over histories played on a virtual clock: checks/simulate.py, tests/test_torments.py.
 
 Before them stands TestTranscript, the session of the original program; after them TestRealEngine, with Docker itself.
 All others run beside a `docker` stand-in (tests/docker_stand_in.py), on the stage that tests/stage.py sets. What these

@@ -6,6 +6,7 @@ must this list. Exit 1 where a mutant survived, is stale, or has no tests.
 
     python checks/mutants.py                 all of them
     python checks/mutants.py grace origin    those whose name holds one of the words
+    python checks/mutants.py --simulate      those that the simulation finds, by that
 """
 
 import argparse
@@ -27,6 +28,8 @@ TESTS = ("test_jobworker.py", "tests")
 TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
+SIMULATION = "the simulation"
+HISTORIES = 300
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,35 @@ class Mutant:
     new: str
 
 
+# What the simulation finds, too: of the store, the dispatcher, sessions and attempts.
+SIMULATED = {
+    "group commit: results before their commit",
+    "guard on the attempt",
+    "guard on the worker",
+    "guard on the state",
+    "guard of a failure",
+    "cancelled, not failed",
+    "unstarted is queued again",
+    "what its worker forgot is lost",
+    "a log is kept once",
+    "grace",
+    "the stale is settled",
+    "two phases: no start without Go",
+    "kept until Settled",
+    "the sweep at the start",
+    "what was only created",
+    "the log after a new connection",
+    "a killed docker",
+    "lost after the grace",
+    "retries' bound",
+    "a delay is a duration",
+    "a jump is seen",
+    "stop is said again",
+    "the timeout",
+    "no answer is none",
+    "the late end of a connection",
+    "a log begins anew",
+}
 MUTANTS = (
     # the store: what is answered is on disk, and only what fits the state is taken
     Mutant(
@@ -260,8 +292,29 @@ MUTANTS = (
         "a killed docker",
         "jobworker/container.py",
         "killed_docker",
-        "code == 0 or (code > 0 and not",
-        "code <= 0 or (code > 0 and not",
+        "answer.code == 0 or (answer.code > 0 and about and is_absent",
+        "answer.code <= 0 or (answer.code > 0 and about and is_absent",
+    ),
+    Mutant(
+        "no answer is none",
+        "jobworker/container.py",
+        "client_limps and NoAnswer",
+        "and about and is_absent(about, answer.err)",
+        "",
+    ),
+    Mutant(
+        "the late end of a connection",
+        "jobworker/state.py",
+        "StoreHistories",
+        " WHERE id = ? AND connected_at = ?",
+        " WHERE id = ? AND connected_at IS NOT ?",
+    ),
+    Mutant(
+        "a log begins anew",
+        "jobworker/output.py",
+        "LogReadAgain",
+        "        self._again = True\n",
+        "        pass\n",
     ),
     Mutant(
         "a secret is no argument",
@@ -302,9 +355,11 @@ def copy_tree(folder: Path) -> None:
 
 
 def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
-    """Give pytest's exit code, None where it had to be ended, and the first test that went red."""
+    """Give the exit code of pytest, or of the simulation, None where it had to be ended, and what went red first."""
     chosen = f"({tests}) and not RealEngine"
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
+    if tests == SIMULATION:
+        words = [sys.executable, "checks/simulate.py", "--histories", str(HISTORIES)]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -317,11 +372,11 @@ def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
                 process.wait(20)
             process.kill()
             return None, f"no end within {TIMEOUT_SECONDS} s"
-    red = RED.search(output)
+    red = RED.search(output) or re.search(r"^(seed .*)$", output, re.MULTILINE)
     return process.returncode, red[1] if red else output.strip().rpartition("\n")[2]
 
 
-def try_mutant(folder: Path, mutant: Mutant) -> tuple[bool, str]:
+def try_mutant(folder: Path, mutant: Mutant, tests: str) -> tuple[bool, str]:
     """Break the copy, run the tests, mend it; whether a test noticed, and which."""
     path = folder / mutant.file
     source = path.read_text()
@@ -329,24 +384,26 @@ def try_mutant(folder: Path, mutant: Mutant) -> tuple[bool, str]:
         return False, f"stale mutant: its piece of {mutant.file} is there {source.count(mutant.old)} times"
     path.write_text(source.replace(mutant.old, mutant.new))
     try:
-        code, told = run_tests(folder, mutant.tests)
+        code, told = run_tests(folder, tests)
     finally:
         path.write_text(source)
     if code == NO_TESTS_COLLECTED:
-        return False, f"no tests match {mutant.tests!r}"
+        return False, f"no tests match {tests!r}"
     return code != 0, "SURVIVED" if code == 0 else told
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only mutants whose name holds one of these")
-    words = parser.parse_args().words
-    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    parser.add_argument("--simulate", action="store_true", help="see that the simulation finds what it should find")
+    options = parser.parse_args()
+    chosen = [each for each in MUTANTS if not options.words or any(word in each.name for word in options.words)]
+    chosen = [mutant for mutant in chosen if mutant.name in SIMULATED or not options.simulate]
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
         copy_tree(folder)
-        every = " or ".join(sorted({mutant.tests for mutant in chosen}))
+        every = SIMULATION if options.simulate else " or ".join(sorted({mutant.tests for mutant in chosen}))
         code, told = run_tests(folder, every)
         if code != 0:  # a busy machine may have been too slow for one of them
             code, told = run_tests(folder, every)
@@ -355,7 +412,7 @@ def main() -> int:
             return 1
         for mutant in chosen:
             begin = time.monotonic()
-            noticed, told = try_mutant(folder, mutant)
+            noticed, told = try_mutant(folder, mutant, SIMULATION if options.simulate else mutant.tests)
             survivors += not noticed
             print(f"{mutant.name:50} {time.monotonic() - begin:4.0f} s  {'' if noticed else '! '}{told}", flush=True)
     print(f"{len(chosen) - survivors} of {len(chosen)} mutants were noticed")
