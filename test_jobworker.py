@@ -825,14 +825,20 @@ class TestPromise09Strangers:
 
     @pytest.fixture
     def guarded(self, stage: Stage) -> Server:
-        (stage.folder / "tokens").write_text("api letmein\nworker iamone\n")
+        (stage.folder / "tokens").write_text("api letmein-0123456789\nworker iamone-0123456789\n")
         return stage.server("--hold", "--token-file", str(stage.folder / "tokens"))
 
     @pytest.mark.parametrize(
         "path", ["/api/jobs", "/api/workers", "/api/configs", "/api/events", "/metrics", "/api/jobs/1/log"]
     )
     def test_a_request_without_the_token_is_unauthorised(self, guarded: Server, path: str) -> None:
-        for headers in ({}, bearer("iamone"), bearer(""), bearer("letmei"), {"Authorization": "letmein"}):
+        for headers in (
+            {},
+            bearer("iamone-0123456789"),
+            bearer(""),
+            bearer("letmein-012345678"),
+            {"Authorization": "letmein-0123456789"},
+        ):
             reply = guarded.http("GET", path, headers=headers)
             problem(reply, 401)
             assert reply.headers["WWW-Authenticate"].startswith("Bearer")
@@ -840,14 +846,14 @@ class TestPromise09Strangers:
     def test_nothing_is_queued_without_the_token(self, guarded: Server) -> None:
         problem(guarded.http("POST", "/api/jobs/quick"), 401)
         problem(guarded.http("POST", "/api/jobs", [{"name": "quick"}]), 401)
-        assert guarded.http("GET", "/api/jobs", headers=bearer("letmein")).body == b"[]"
-        assert guarded.http("POST", "/api/jobs/quick", headers=bearer("letmein")).status == 200
+        assert guarded.http("GET", "/api/jobs", headers=bearer("letmein-0123456789")).body == b"[]"
+        assert guarded.http("POST", "/api/jobs/quick", headers=bearer("letmein-0123456789")).status == 200
 
     def test_health_and_page_need_no_token(self, guarded: Server) -> None:
         assert guarded.http("GET", "/healthz").status == 200
         assert guarded.http("GET", "/").status == 200
 
-    @pytest.mark.parametrize("token", [None, "letmein", "wrong"])
+    @pytest.mark.parametrize("token", [None, "letmein-0123456789", "wrong-0123456789ab"])
     def test_a_worker_with_a_wrong_token_is_told_so_and_ends(
         self, guarded: Server, stage: Stage, token: str | None
     ) -> None:
@@ -862,13 +868,13 @@ class TestPromise09Strangers:
         assert "Traceback" not in ended.stderr
 
     def test_a_worker_with_its_token_works(self, guarded: Server, stage: Stage) -> None:
-        (stage.folder / "token").write_text("iamone\n")
+        (stage.folder / "token").write_text("iamone-0123456789\n")
         stage.worker(guarded, "--token-file", str(stage.folder / "token"))
-        reply = guarded.http("POST", "/api/jobs/quick?wait=10", headers=bearer("letmein"))
+        reply = guarded.http("POST", "/api/jobs/quick?wait=10", headers=bearer("letmein-0123456789"))
         assert reply.json["success"]
         everything = guarded.stderr + "".join(program.stderr for program in stage.programs)
-        assert "letmein" not in everything
-        assert "iamone" not in everything
+        assert "letmein-0123456789" not in everything
+        assert "iamone-0123456789" not in everything
 
     @pytest.mark.parametrize(
         "headers",

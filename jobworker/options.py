@@ -7,6 +7,8 @@ import re
 import resource
 from pathlib import Path
 
+MIN_TOKEN_CHARACTERS = 16
+
 
 class OptionError(Exception):
     """An option, or the file that it names, is wrong. The message says which one, and why."""
@@ -31,11 +33,19 @@ def settings(name: str) -> list[str]:
 
 
 def read_tokens(path: Path) -> list[list[str]]:
-    """Give each line's words in a token file: `api TOKEN`, `worker TOKEN`, or `TOKEN` for both; `#` is a comment."""
+    """Give each line's words in a token file: `api TOKEN`, `worker TOKEN`, or `TOKEN` for both; `#` is a comment.
+
+    Raises OptionError where it can't be read, or a token is too short to be one, as a recipe that failed leaves it.
+    """
     try:
-        return [line.split() for line in path.read_text().splitlines() if line.strip() and line[0] != "#"]
+        lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"{path}: can't be read as a token file: {error}") from error
+    words = {number: line.split() for number, line in enumerate(lines, 1) if line.strip() and line[0] != "#"}
+    for number, each in words.items():
+        if len(each[-1]) < MIN_TOKEN_CHARACTERS or not each[-1].isascii():
+            raise OptionError(f"{path}:{number}: a token has at least {MIN_TOKEN_CHARACTERS} characters, all of ASCII")
+    return list(words.values())
 
 
 def quiet_logger() -> logging.Logger:

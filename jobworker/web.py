@@ -448,6 +448,8 @@ class Access:
             raise ApiError(HTTPStatus.FORBIDDEN, "a page of another site may not do this")
         if not page and request.path != "/healthz" and not self.allows("api", request.headers.get("authorization")):
             detail = "this needs a token: Authorization: Bearer TOKEN"
+            if "authorization" in request.headers:
+                detail = "this is not a token of the API; is it whole, and is it the worker's?"
             raise ApiError(HTTPStatus.UNAUTHORIZED, detail, **{"WWW-Authenticate": "Bearer"})
 
     def _knows(self, host: str) -> bool:
@@ -464,7 +466,7 @@ class Access:
         """Whether a request with this Authorization header may use "api" or "worker"; all may where no token is set."""
         tokens = self.tokens[scope]
         scheme, _, value = (authorization or "").partition(" ")
-        given = value.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+        given = value.strip().encode("latin-1", "replace") if scheme.lower() == "bearer" else b""
         return not tokens or sum(hmac.compare_digest(given, token.encode()) for token in tokens) > 0
 
     def check_runner(self, connection: Any, request: Any) -> Any:
@@ -472,7 +474,13 @@ class Access:
         given = request.headers.get_all("Authorization")
         if self.allows("worker", given[0] if len(given) == 1 else None):
             return None
-        return connection.respond(HTTPStatus.UNAUTHORIZED, "this needs a worker's token: --token-file\n")
+        log.warning("a worker at %s was refused: %s token", connection.remote_address[0], "a wrong" if given else "no")
+        detail = (
+            "this is not a worker's token: see its --token-file"
+            if given
+            else "this needs a worker's token: --token-file"
+        )
+        return connection.respond(HTTPStatus.UNAUTHORIZED, f"{detail}\n")
 
 
 @dataclass(slots=True)

@@ -38,7 +38,7 @@ OPERATIONS = [(method.upper(), path) for path, item in json.loads(description())
 OPEN_PATHS = {"/", "/healthz"}
 GUARDED = [(method, path.replace("{job}", "1").replace("{worker}", "1")) for method, path in OPERATIONS]
 GUARDED = [(method, path) for method, path in GUARDED if path not in OPEN_PATHS]
-KEY = "letmein"
+KEY = "letmein-0123456789"
 SECRET = "tellnoone-4711"
 SECRETIVE = f"""
 - name: secretive
@@ -68,7 +68,9 @@ class TestAccess:
     @classmethod
     def guarded(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         with contextlib.closing(Stage(tmp_path_factory.mktemp("guarded"))) as stage:
-            (stage.folder / "tokens").write_text(f"# who may what\napi {KEY}\napi other\n\nworker iamone\n")
+            (stage.folder / "tokens").write_text(
+                f"# who may what\napi {KEY}\napi other-0123456789\n\nworker iamone-0123456789\n"
+            )
             server = stage.server("--hold", "--token-file", str(stage.folder / "tokens"))
             server.http("POST", "/api/jobs/quick", headers=bearer(KEY))
             yield server
@@ -137,18 +139,34 @@ class TestAccess:
             assert guarded.raw(head(b"GET /api/jobs", *order)).startswith(b"HTTP/1.1 400 ")
 
     def test_every_token_of_the_file_opens_and_the_scheme_has_no_case(self, guarded: Server) -> None:
-        for authorization in (f"Bearer {KEY}", "Bearer other", f"bearer {KEY}", f"BEARER  {KEY}"):
+        for authorization in (f"Bearer {KEY}", "Bearer other-0123456789", f"bearer {KEY}", f"BEARER  {KEY}"):
             assert guarded.http("GET", "/api/jobs", headers={"Authorization": authorization}).status == 200
 
     def test_a_bare_token_opens_both(self, stage: Stage) -> None:
-        (stage.folder / "tokens").write_text("both\n")
+        (stage.folder / "tokens").write_text("both-0123456789abc\n")
         token = ("--token-file", str(stage.folder / "tokens"))
         server = stage.server(*token)
         stage.worker(server, *token)
-        assert server.http("POST", "/api/jobs/quick?wait=10", headers=bearer("both")).json["success"]
+        assert server.http("POST", "/api/jobs/quick?wait=10", headers=bearer("both-0123456789abc")).json["success"]
+
+    def test_a_wrong_token_is_told_from_a_missing_one(self, guarded: Server) -> None:
+        assert "needs a token" in problem(guarded.http("GET", "/api/jobs"), 401)
+        assert "not a token" in problem(guarded.http("GET", "/api/jobs", headers=bearer(f"{KEY}x")), 401)
 
     @pytest.mark.parametrize(
-        "content", ["", "# none\n", f"api {KEY}", f"worker {KEY}", f"admin {KEY}", f"api worker {KEY}", None]
+        "content",
+        [
+            "",
+            "# none\n",
+            f"api {KEY}",
+            f"worker {KEY}",
+            f"admin {KEY}",
+            f"api worker {KEY}",
+            f"api {KEY}\nworker",
+            "api\nworker",
+            f"api {KEY}\nworker short",
+            None,
+        ],
     )
     def test_a_token_file_that_leaves_a_door_open_is_refused(self, stage: Stage, content: str | None) -> None:
         stage.jobs.write_text(JOBS)
@@ -244,17 +262,17 @@ class TestAccess:
                     proxy=None,
                     origin=Origin(origin),
                     subprotocols=protocols,
-                    additional_headers=bearer("iamone"),
+                    additional_headers=bearer("iamone-0123456789"),
                 )
             assert refused.value.response.status_code == 403
         assert guarded.http("GET", "/api/workers", headers=bearer(KEY)).json == []
 
-    @pytest.mark.parametrize("headers", [{}, bearer(KEY), bearer(""), {"Authorization": "iamone"}], ids=str)
+    @pytest.mark.parametrize("headers", [{}, bearer(KEY), bearer(""), {"Authorization": "iamone-0123456789"}], ids=str)
     def test_no_worker_without_a_workers_token(self, guarded: Server, headers: dict[str, str]) -> None:
         for protocols in (None, [VERSION_2]):
             with pytest.raises(InvalidStatus) as refused:
                 connect(
-                    f"ws://127.0.0.1:{guarded.port}/runner?token=iamone",
+                    f"ws://127.0.0.1:{guarded.port}/runner?token=iamone-0123456789",
                     proxy=None,
                     subprotocols=protocols,
                     additional_headers=headers,
@@ -262,7 +280,7 @@ class TestAccess:
             assert refused.value.response.status_code == 401
 
     def test_two_workers_tokens_are_refused_without_a_fuss(self, guarded: Server) -> None:
-        tokens = [b"Authorization: Bearer iamone", b"Authorization: Bearer wrong"]
+        tokens = [b"Authorization: Bearer iamone-0123456789", b"Authorization: Bearer wrong"]
         reply = guarded.raw(head(b"GET /runner", *WEBSOCKET, *tokens))
         assert re.findall(rb"^HTTP/1.1 (\d+)", reply) in ([b"400"], [b"401"])
 
@@ -327,7 +345,7 @@ class TestAccess:
         assert SECRET not in server.stderr + worker.stderr + (stage.docker.folder / "ledger").read_text()
 
     def test_tokens_are_nowhere_to_be_seen(self, stage: Stage) -> None:
-        api_token, worker_token = "apitoken-0815", "workertoken-0815"
+        api_token, worker_token = "apitoken-apitoken-0815", "workertoken-0815"
         (stage.folder / "tokens").write_text(f"api {api_token}\nworker {worker_token}\n")
         (stage.folder / "token").write_text(f"{worker_token}\n")
         server = stage.server("--verbose", "--token-file", str(stage.folder / "tokens"))

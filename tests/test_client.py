@@ -290,7 +290,7 @@ class TestGivingUp:
     def test_one_that_the_server_refuses(self, stage: Stage) -> None:
         server, worker, job = self.with_a_job(stage)
         tokens = stage.folder / "tokens"
-        tokens.write_text("worker secret\napi other\n")
+        tokens.write_text("worker secret-0123456789\napi other-0123456789\n")
         server.kill()
         server.command[2:2] = ["--token-file", str(tokens)]
         server.start()

@@ -551,7 +551,7 @@ class TestDashboardManners:
 
     def test_a_token_is_asked_for_and_kept_for_the_tab(self, stage: Stage, reader_of: ReaderOf) -> None:
         tokens = stage.folder / "tokens"
-        tokens.write_text("api s3cret\nworker 0ther\n")
+        tokens.write_text("api s3cret-0123456789\nworker 0ther-0123456789\n")
         tokens.chmod(0o600)
         server = stage.server("--hold", "--token-file", str(tokens), jobs=SITE_JOBS)
         for width, scheme in ((375, "dark"), (1280, "light")):
@@ -563,17 +563,17 @@ class TestDashboardManners:
             assert_accessible(page)
             page.keyboard.press("Enter")
             expect(dialog.get_by_role("alert")).to_have_text("The server does not know that token.")
-            dialog.get_by_label("Token").fill("s3cret")
+            dialog.get_by_label("Token").fill("s3cret-0123456789")
             page.keyboard.press("Enter")
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
             page.reload()
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
             assert page.evaluate("sessionStorage.length") == 1
-            assert all("s3cret" not in request.url for request in reader.requests)
+            assert all("s3cret-0123456789" not in request.url for request in reader.requests)
 
     def test_who_has_no_token_may_leave_the_prompt_and_come_back(self, stage: Stage, reader_of: ReaderOf) -> None:
         tokens = stage.folder / "tokens"
-        tokens.write_text("api s3cret\nworker 0ther\n")
+        tokens.write_text("api s3cret-0123456789\nworker 0ther-0123456789\n")
         tokens.chmod(0o600)
         reader = reader_of(stage.server("--token-file", str(tokens)))
         reader.tolerates = "status of 401"

@@ -96,7 +96,7 @@ class TestOpenApi:
     @classmethod
     def stage(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         with contextlib.closing(Stage(tmp_path_factory.mktemp("openapi"))) as stage:
-            (stage.folder / "tokens").write_text("letmein\n")
+            (stage.folder / "tokens").write_text("letmein-0123456789\n")
             token = ("--token-file", str(stage.folder / "tokens"))
             server = stage.server("--hold", *token, jobs=EVERY_KIND_OF_JOB)
             stage.worker(server, "--slots", "2", *token)
@@ -130,7 +130,9 @@ class TestOpenApi:
                     filled = path.replace("{job}", "1")
                     for value in (schema["minimum"] - 1, schema["maximum"] + 1):
                         query = f"{filled}?{parameter['name']}={value}"
-                        assert parameter["name"] in problem(server.http("GET", query, headers=bearer("letmein")), 400)
+                        assert parameter["name"] in problem(
+                            server.http("GET", query, headers=bearer("letmein-0123456789")), 400
+                        )
         assert checked >= 6
 
     def test_it_is_valid(self) -> None:
@@ -172,20 +174,20 @@ class TestOpenApi:
             if method == "GET" and path not in ("/", "/api/events"):
                 described = [p["name"] for p in map(resolve, operation.get("parameters", ())) if p["in"] == "query"]
                 filled = path.replace("{job}", "1").replace("{worker}", "1")
-                server.http("POST", "/api/jobs/hello-world", headers=bearer("letmein"))
-                detail = problem(server.http("GET", f"{filled}?colour=red", headers=bearer("letmein")), 400)
+                server.http("POST", "/api/jobs/hello-world", headers=bearer("letmein-0123456789"))
+                detail = problem(server.http("GET", f"{filled}?colour=red", headers=bearer("letmein-0123456789")), 400)
                 assert detail.endswith("there are: " + ", ".join(described)), (path, detail)
 
     def test_it_is_served_as_it_is(self, server: Server) -> None:
-        reply = server.http("GET", "/openapi.json", headers=bearer("letmein"))
+        reply = server.http("GET", "/openapi.json", headers=bearer("letmein-0123456789"))
         assert reply.body == api_module.description()
         assert reply.headers["Content-Type"] == "application/json"
 
     def test_every_key_of_every_object_is_described(self, server: Server) -> None:
         def get(path: str) -> Any:
-            return server.http("GET", path, headers=bearer("letmein")).json
+            return server.http("GET", path, headers=bearer("letmein-0123456789")).json
 
-        job = server.http("POST", "/api/jobs/missing?wait=10&full=1", headers=bearer("letmein")).json
+        job = server.http("POST", "/api/jobs/missing?wait=10&full=1", headers=bearer("letmein-0123456789")).json
         objects = {
             "Job": get(f"/api/jobs?after={job['id'] - 1}")[0],
             "FullJob": job,
@@ -207,10 +209,10 @@ class TestOpenApi:
         kinds = {"job": "FullJob", "worker": "FullWorker", "stats": "Stats"}
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
         with contextlib.closing(connection):
-            connection.request("GET", "/api/events", headers=bearer("letmein"))
+            connection.request("GET", "/api/events", headers=bearer("letmein-0123456789"))
             stream = connection.getresponse()
             assert stream.headers["Content-Type"] in OPERATIONS["GET", "/api/events"]["responses"]["200"]["content"]
-            server.http("POST", "/api/jobs/hello-world", headers=bearer("letmein"))
+            server.http("POST", "/api/jobs/hello-world", headers=bearer("letmein-0123456789"))
             seen: set[str] = set()
             while seen != set(kinds):
                 kind, data = b"", b""
@@ -237,7 +239,7 @@ class TestOpenApi:
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", "schemathesis.toml", "run"]
         (tmp_path / "openapi.json").write_bytes(api_module.description())
         command += ["openapi.json", "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
-        command += ["--header", "Authorization: Bearer letmein", "--exclude-path", "/api/events"]
+        command += ["--header", "Authorization: Bearer letmein-0123456789", "--exclude-path", "/api/events"]
         command += ["--max-examples", "40", "--seed", "1"]
         found = subprocess.run(
             command,
