@@ -22,14 +22,14 @@ from typing import Any
 
 from jobworker import VERSION, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
+from jobworker.message import ApiError, Request, Response, as_json
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
 from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
 from jobworker.store import CopyUnderWayError, Store, StoreError
-from jobworker.web import ApiError, Request, Response, as_json
 
 HEARTBEAT_SECONDS = 15
-FOLLOW_CHECK_SECONDS = 5
+CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is still there
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_LOG_OFFSET = 2**62
@@ -216,7 +216,7 @@ def config_json(config: JobConfig) -> dict[str, Any]:
     return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
 
 
-def read_json(body: bytes) -> Any:
+def read_json(body: bytes | bytearray) -> Any:
     try:
         text = body.decode()
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -316,7 +316,8 @@ class Api:
         (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
         if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
-        row = self._wait(id_, wait)
+        request.drop_body()
+        row = self._wait(request, id_, wait)
         return Response(as_json(self._show([row])[0] if full else job_json(id_, name, row["state"])))
 
     def list_jobs(
@@ -368,11 +369,13 @@ class Api:
         marked = mark(key, "POST", items)
 
         def jobs() -> list[NewJob]:
-            return [new_job(self.configs, item.pop("name", None), item, n) for n, item in enumerate(items)]
+            for n, item in enumerate(items):  # in place: of a long list there is never both
+                items[n] = new_job(self.configs, item.pop("name", None), item, n)
+            return items
 
         ids = self._queue(jobs, marked)
-        rows = self._do(state.page, (), None, ids[0] - 1, None, len(ids)) if ids else []
-        return Response(as_json([job_json(row["id"], row["name"], row["state"]) for row in rows]))
+        pages = self._list(self._pages((), None, ids[0] - 1, None, len(ids)) if ids else iter(()), full=False)
+        return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
     def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
@@ -381,25 +384,26 @@ class Api:
             ids = self._do(state.add, jobs(), self.clock(), self.hold, key)
         return ids
 
-    def get_job(self, request: Request, id_: int, wait: float) -> Response:  # noqa: ARG002
+    def get_job(self, request: Request, id_: int, wait: float) -> Response:
         """A job in full.
 
         With `wait` the answer comes when the job is final, or after that time with the job as it then is.
         """
-        return Response(as_json(self._show([self._wait(id_, wait)])[0]))
+        return Response(as_json(self._show([self._wait(request, id_, wait)])[0]))
 
-    def _wait(self, job: int, wait: float) -> sqlite3.Row:
-        """Give a job's row once it is final, or as it is after `wait` seconds."""
+    def _wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
+        """Give a job's row once it is final, or as it is after `wait` seconds or when the caller has hung up."""
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
             row, changed = self._do(state.get_and_watch, job, wait > 0)
             if changed is None:
                 return row
-            try:
-                changed.result(max(deadline - time.monotonic(), 0))
-            except TimeoutError:
-                wait = 0
+            while not changed.done() and wait:
+                with contextlib.suppress(TimeoutError):
+                    changed.result(min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
+                if time.monotonic() >= deadline or request.caller_is_gone():
+                    wait = 0
 
     def _show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
         """Give jobs in full, with why each of them waits."""
@@ -486,7 +490,7 @@ class Api:
             while not changed.done():
                 yield b""  # is the reader still there?
                 with contextlib.suppress(TimeoutError):
-                    changed.result(FOLLOW_CHECK_SECONDS)
+                    changed.result(CALLER_CHECK_SECONDS)
 
     def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
         """List the connected workers, by id."""
@@ -700,12 +704,16 @@ class Events:
         if tick is None:
             yield server_sent("reset", {}, newest.id)
             tick = newest
+        said = time.monotonic()
         while True:
-            try:
-                tick.next.result(HEARTBEAT_SECONDS)
-            except TimeoutError:
-                yield b":\n\n"
+            with contextlib.suppress(TimeoutError):
+                tick.next.result(min(HEARTBEAT_SECONDS, CALLER_CHECK_SECONDS))
+            if not tick.next.done():
+                is_silent = time.monotonic() - said >= HEARTBEAT_SECONDS
+                said = time.monotonic() if is_silent else said
+                yield b":\n\n" if is_silent else b""  # b"": is the listener still there?
                 continue
+            said = time.monotonic()
             ticks = list(ticks_after(tick))
             yield self._render(tick.id, ticks)
             tick = ticks[-1]
