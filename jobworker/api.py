@@ -33,7 +33,8 @@ CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_LOG_OFFSET = 2**62
-PAGE_JOBS = 1_000
+PAGE_JOBS = 250
+PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
 MAX_PAGE_JOBS = 10_000
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
@@ -278,6 +279,7 @@ class Api:
     def __init__(self, store: Store, configs: Configs, hold: bool, clock: Callable[[], float] = time.time) -> None:
         self.store, self.configs, self.hold, self.clock = store, configs, hold, clock
         self.events = Events(store, self._show)
+        self.paging = threading.Semaphore(PAGES_AT_ONCE)
 
     def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError, ConnectionAbortedError where the caller has gone, and nothing else."""
@@ -337,26 +339,29 @@ class Api:
         """
         if before is not None and limit is None:
             raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        return Response(self._list(self._pages(states, name, after, before, limit), full))
+        return Response(self._list(states, name, after, before, limit, full))
 
-    def _pages(
-        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None
-    ) -> Iterator[list[sqlite3.Row]]:
-        if before is not None:
-            yield self._do(state.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
-            return
-        left = MAX_JOB_ID if limit is None else limit
-        while left > 0 and (rows := self._do(state.page, states, name, after, None, min(left, PAGE_JOBS))):
-            yield rows
-            after, left = rows[-1]["id"], left - len(rows)
-
-    def _list(self, pages: Iterator[list[sqlite3.Row]], full: bool) -> Iterator[bytes]:
+    def _list(
+        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None, full: bool
+    ) -> Iterator[bytes]:
+        left, most = (MAX_JOB_ID if limit is None else limit), PAGE_JOBS if before is None else MAX_PAGE_JOBS
         separator = b"["
-        for rows in pages:
-            shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
-            yield separator + as_json(shown)[1:-1]
-            separator = b","
+        while left > 0:
+            with self.paging:  # many readers at once queue here, where they are in nobody's way
+                page, after, count = self._page(states, name, after, before, min(left, most), full)
+            if not count:
+                break
+            yield separator + page
+            separator, left = b",", 0 if before is not None else left - count
         yield b"[]" if separator == b"[" else b"]"
+
+    def _page(
+        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int, full: bool
+    ) -> tuple[bytes, int, int]:
+        """Give a page of the list as JSON without its brackets, its last id, and how many jobs it has."""
+        rows = self._do(state.page, states, name, after, before, limit)
+        shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
+        return as_json(shown)[1:-1], rows[-1]["id"] if rows else after, len(rows)
 
     def queue_jobs(self, request: Request, key: str | None) -> Response:
         """Queue many jobs at once.
@@ -374,7 +379,7 @@ class Api:
             return items
 
         ids = self._queue(jobs, marked)
-        pages = self._list(self._pages((), None, ids[0] - 1, None, len(ids)) if ids else iter(()), full=False)
+        pages = self._list((), None, ids[0] - 1 if ids else 0, None, len(ids), full=False)
         return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
     def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:

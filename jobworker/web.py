@@ -44,6 +44,7 @@ BODY_SECONDS = 30
 SEND_SECONDS = 30
 SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
+SEND_BUFFER_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
@@ -157,6 +158,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         super().setup()
         self.stranger = not self.server.access.allows("api", None)
         self.patience = float(SEND_SECONDS)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         now = time.monotonic()
         self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
 
