@@ -16,7 +16,7 @@ demo: .venv/ready ## a server, two workers and hello-world in a container: what 
 run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
 	@$(WITH_ENGINE) $(BIN)/python checks/demo.py --stay
 
-test: .venv/ready-dev browser ## the tests, with real containers and a real browser
+test: .venv/ready-dev browser nginx ## the tests, with real containers and a real browser
 	@$(WITH_ENGINE) $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
@@ -28,7 +28,7 @@ format: .venv/ready-dev ## format the code as `make lint` wants it
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-coverage: .venv/ready-dev browser ## the tests, and which branches they do not reach
+coverage: .venv/ready-dev browser nginx ## the tests, and which branches they do not reach
 	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
@@ -56,6 +56,10 @@ clean: ## remove what all of these left in this folder
 browser:
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || $(PYTHON) checks/packages.py chromium || \
 	    { echo "Or name a Chromium or Chrome that is there: CHROMIUM=/path/to/it make test" >&2; exit 1; }
+
+.PHONY: nginx
+nginx:
+	@command -v nginx >/dev/null || test -x /usr/sbin/nginx || $(PYTHON) checks/packages.py nginx-light
 
 .venv/ready: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later, please: make PYTHON=...")'

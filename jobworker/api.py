@@ -22,18 +22,19 @@ from typing import Any
 
 from jobworker import VERSION, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
+from jobworker.message import ApiError, Request, Response, as_json
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
 from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
 from jobworker.store import CopyUnderWayError, Store, StoreError
-from jobworker.web import ApiError, Request, Response, as_json
 
 HEARTBEAT_SECONDS = 15
-CHECK_SECONDS = 2  # between looks whether who waits, or reads, is still there
+CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is still there
 MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
 MAX_LOG_OFFSET = 2**62
-PAGE_JOBS = 1_000
+PAGE_JOBS = 250
+PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
 MAX_PAGE_JOBS = 10_000
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
@@ -216,7 +217,7 @@ def config_json(config: JobConfig) -> dict[str, Any]:
     return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
 
 
-def read_json(body: bytes) -> Any:
+def read_json(body: bytes | bytearray) -> Any:
     try:
         text = body.decode()
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -278,6 +279,7 @@ class Api:
     def __init__(self, store: Store, configs: Configs, hold: bool, clock: Callable[[], float] = time.time) -> None:
         self.store, self.configs, self.hold, self.clock = store, configs, hold, clock
         self.events = Events(store, self._show)
+        self.paging = threading.Semaphore(PAGES_AT_ONCE)
 
     def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError, ConnectionAbortedError where the caller has gone, and nothing else."""
@@ -316,6 +318,7 @@ class Api:
         (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
         if not wait and not full and key is None:
             return Response(as_json(job_json(id_, name, "queued")))
+        request.drop_body()
         row = self._wait(request, id_, wait)
         return Response(as_json(self._show([row])[0] if full else job_json(id_, name, row["state"])))
 
@@ -336,26 +339,29 @@ class Api:
         """
         if before is not None and limit is None:
             raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        return Response(self._list(self._pages(states, name, after, before, limit), full))
+        return Response(self._list(states, name, after, before, limit, full))
 
-    def _pages(
-        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None
-    ) -> Iterator[list[sqlite3.Row]]:
-        if before is not None:
-            yield self._do(state.page, states, name, after, before, min(limit or PAGE_JOBS, MAX_PAGE_JOBS))
-            return
-        left = MAX_JOB_ID if limit is None else limit
-        while left > 0 and (rows := self._do(state.page, states, name, after, None, min(left, PAGE_JOBS))):
-            yield rows
-            after, left = rows[-1]["id"], left - len(rows)
-
-    def _list(self, pages: Iterator[list[sqlite3.Row]], full: bool) -> Iterator[bytes]:
+    def _list(
+        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None, full: bool
+    ) -> Iterator[bytes]:
+        left, most = (MAX_JOB_ID if limit is None else limit), PAGE_JOBS if before is None else MAX_PAGE_JOBS
         separator = b"["
-        for rows in pages:
-            shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
-            yield separator + as_json(shown)[1:-1]
-            separator = b","
+        while left > 0:
+            with self.paging:  # many readers at once queue here, where they are in nobody's way
+                page, after, count = self._page(states, name, after, before, min(left, most), full)
+            if not count:
+                break
+            yield separator + page
+            separator, left = b",", 0 if before is not None else left - count
         yield b"[]" if separator == b"[" else b"]"
+
+    def _page(
+        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int, full: bool
+    ) -> tuple[bytes, int, int]:
+        """Give a page of the list as JSON without its brackets, its last id, and how many jobs it has."""
+        rows = self._do(state.page, states, name, after, before, limit)
+        shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
+        return as_json(shown)[1:-1], rows[-1]["id"] if rows else after, len(rows)
 
     def queue_jobs(self, request: Request, key: str | None) -> Response:
         """Queue many jobs at once.
@@ -368,11 +374,13 @@ class Api:
         marked = mark(key, "POST", items)
 
         def jobs() -> list[NewJob]:
-            return [new_job(self.configs, item.pop("name", None), item, n) for n, item in enumerate(items)]
+            for n, item in enumerate(items):  # in place: of a long list there is never both
+                items[n] = new_job(self.configs, item.pop("name", None), item, n)
+            return items
 
         ids = self._queue(jobs, marked)
-        rows = self._do(state.page, (), None, ids[0] - 1, None, len(ids)) if ids else []
-        return Response(as_json([job_json(row["id"], row["name"], row["state"]) for row in rows]))
+        pages = self._list((), None, ids[0] - 1 if ids else 0, None, len(ids), full=False)
+        return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
     def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
@@ -389,18 +397,18 @@ class Api:
         return Response(as_json(self._show([self._wait(request, id_, wait)])[0]))
 
     def _wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
-        """Give a job's row once it is final, or as it is after `wait` seconds, as long as the caller is there."""
+        """Give a job's row once it is final, or as it is after `wait` seconds or when the caller has hung up."""
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
             row, changed = self._do(state.get_and_watch, job, wait > 0)
             if changed is None:
                 return row
-            while not changed.done() and (wait := max(deadline - time.monotonic(), 0)):
+            while not changed.done() and wait:
                 with contextlib.suppress(TimeoutError):
-                    changed.result(min(wait, CHECK_SECONDS))
-                if request.caller_is_gone():
-                    raise ConnectionAbortedError
+                    changed.result(min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
+                if time.monotonic() >= deadline or request.caller_is_gone():
+                    wait = 0
 
     def _show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
         """Give jobs in full, with why each of them waits."""
@@ -487,7 +495,7 @@ class Api:
             while not changed.done():
                 yield b""  # is the reader still there?
                 with contextlib.suppress(TimeoutError):
-                    changed.result(CHECK_SECONDS)
+                    changed.result(CALLER_CHECK_SECONDS)
 
     def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
         """List the connected workers, by id."""
@@ -701,14 +709,16 @@ class Events:
         if tick is None:
             yield server_sent("reset", {}, newest.id)
             tick = newest
+        said = time.monotonic()
         while True:
-            spoken = time.monotonic()
-            while not tick.next.done():
-                with contextlib.suppress(TimeoutError):
-                    tick.next.result(min(CHECK_SECONDS, HEARTBEAT_SECONDS))
-                silent = time.monotonic() - spoken >= HEARTBEAT_SECONDS
-                spoken = time.monotonic() if silent else spoken
-                yield b":\n\n" if silent else b""
+            with contextlib.suppress(TimeoutError):
+                tick.next.result(min(HEARTBEAT_SECONDS, CALLER_CHECK_SECONDS))
+            if not tick.next.done():
+                is_silent = time.monotonic() - said >= HEARTBEAT_SECONDS
+                said = time.monotonic() if is_silent else said
+                yield b":\n\n" if is_silent else b""  # b"": is the listener still there?
+                continue
+            said = time.monotonic()
             ticks = list(ticks_after(tick))
             yield self._render(tick.id, ticks)
             tick = ticks[-1]

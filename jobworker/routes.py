@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import unquote
 
-from jobworker.web import ApiError, Request, Response
+from jobworker.message import ApiError, Request, Response
 
 ALWAYS = {400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 413: "BodyTooLarge", 431: "HeadTooLarge"}
 ALWAYS |= {500: "InternalError", 507: "NotStored"}

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on `http.server`, read strictly: whatever two readers could understand differently is refused.
+"""HTTP/1.1 on `http.server`: connections, how long each may wait, and which of them ends when there are too many.
 
 Every connection to the server's port arrives here and has a thread of its own. It does not know what a request is
 answered with: it is given a function for that. A connection that asks for /runner is handed, unread, to the websockets
@@ -12,149 +12,62 @@ server on the loop.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hmac
 import ipaddress
-import json
 import logging
 import math
 import queue
 import re
+import select
 import socket
 import socketserver
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from email.utils import formatdate
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
-from urllib.parse import parse_qsl
+from typing import Any, NamedTuple
+
+from jobworker.message import MAX_BODY_BYTES, ApiError, BadFraming, Request, Response, parse_head, problem
 
 MAX_CONNECTIONS = 1_024
+MAX_STRANGERS = 128  # of these, once all are taken: for connections without a valid token, where tokens are set
 SPARE_THREADS = 256  # for connections that were evicted and have not noticed yet
-MAX_HEADERS = 100
 MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 8 * 1024 * 1024
-LARGE_BODY_BYTES = 256 * 1024
-LARGE_BODIES = 4  # read at once; one at a time is answered, as a list of 8 MiB takes 150 MiB
+LARGE_BODY_BYTES = 64 * 1024
+LARGE_BODIES = 2  # in memory at a time; one of them is answered at a time, since JSON grows twentyfold when it is read
+LARGE_WAIT_SECONDS = 10
 IDLE_SECONDS = 30
 HEAD_SECONDS = 10
 BODY_SECONDS = 30
 SEND_SECONDS = 30
+SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
+SEND_BUFFER_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
 CHECK_SECONDS = 0.25
+FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
+FRESH_ANSWER_SECONDS = 1
 RUNNER_START = re.compile(rb"GET /runner[? ]")
+HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)
 UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
-
-Place = tuple[float, float]  # from when a connection may be evicted (0 where it waits for a request), its deadline
 
 log = logging.getLogger("server")
 
 
-class ApiError(Exception):
-    """The caller's mistake, or our inability: answered with application/problem+json (RFC 9457)."""
+class Place(NamedTuple):
+    """What a connection waits for: a request, or its answer's end; since when, and until when it may."""
 
-    def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
-        super().__init__(detail)
-        self.status, self.detail, self.headers = status, detail, headers
-
-
-class BadFraming(ApiError):
-    """What came is not clearly one HTTP request: answered, then the connection is closed, since its end is unknown."""
-
-
-@dataclass(slots=True)
-class Request:
-    method: str
-    target: str
-    headers: dict[str, str]
-    http_1_1: bool
-    keep_alive: bool
-    content_length: int
-    body: bytes = b""
-    caller_is_gone: Callable[[], bool] = bool  # a long answer may ask it now and then, and end early
-
-    @property
-    def path(self) -> str:
-        return self.target.partition("?")[0]
-
-    def query(self, *known: str) -> dict[str, str]:
-        """Give the query's parameters by name. Raises ApiError for one that is not `known`, or given twice."""
-        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
-        query = dict(pairs)
-        if len(query) < len(pairs):
-            raise ApiError(HTTPStatus.BAD_REQUEST, "a query parameter is given twice")
-        for name in query.keys() - set(known):
-            raise ApiError(HTTPStatus.BAD_REQUEST, f"no query parameter {name!r} here; there are: {', '.join(known)}")
-        return query
-
-
-REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
-HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
-SINGLE_HEADERS = {
-    "authorization",
-    "content-length",
-    "content-type",
-    "expect",
-    "host",
-    "idempotency-key",
-    "last-event-id",
-    "origin",
-    "sec-fetch-site",
-    "transfer-encoding",
-    "upgrade",
-}
-
-
-def parse_head(head: bytes) -> Request:
-    """Read a request's head, without the empty line that ends it; strict where leniency lets requests be smuggled.
-
-    Raises BadFraming for anything that two readers could understand differently (RFC 9112, sections 2.2 to 6.3).
-    """
-    line, *lines = head.split(b"\r\n")
-    match = REQUEST_LINE.fullmatch(line)
-    if not match:
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line must be METHOD /PATH HTTP/1.1")
-    if len(lines) > MAX_HEADERS:
-        raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEADERS} header lines")
-    headers: dict[str, str] = {}
-    for number, line in enumerate(lines, 2):
-        header = HEADER_LINE.fullmatch(line)
-        if not header:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"line {number} of the head is not a header")
-        name, value = header[1].decode().lower(), header[2].decode("latin-1")
-        if name in headers and name in SINGLE_HEADERS:
-            raise BadFraming(HTTPStatus.BAD_REQUEST, f"the header {name} is there twice")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return _check_framing(match[1].decode(), match[2].decode(), match[3] == b"1", headers)
-
-
-def _check_framing(method: str, target: str, http_1_1: bool, headers: dict[str, str]) -> Request:
-    if not headers.get("host"):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "the Host header is missing")
-    if "transfer-encoding" in headers:
-        raise BadFraming(HTTPStatus.LENGTH_REQUIRED, "Transfer-Encoding is not read here; send Content-Length")
-    length = headers.get("content-length", "0")
-    if not re.fullmatch("[0-9]{1,18}", length):
-        raise BadFraming(HTTPStatus.BAD_REQUEST, "Content-Length must be digits")
-    if int(length) > MAX_BODY_BYTES:
-        raise BadFraming(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
-    if headers.get("expect", "100-continue").lower() != "100-continue":
-        raise BadFraming(HTTPStatus.EXPECTATION_FAILED, "the only expectation known is 100-continue")
-    connection = headers.get("connection", "keep-alive" if http_1_1 else "close").lower()
-    keep_alive = "close" not in connection and (http_1_1 or "keep-alive" in connection)
-    return Request(method, target, headers, http_1_1, keep_alive, int(length))
+    for_request: bool
+    since: float
+    until: float
 
 
 class HttpServer(ThreadingHTTPServer):
     """Accepts connections and gives each a thread; the accept loop never waits for a connection.
 
-    `places` is the one table of connections: from when each may be evicted, and until when it may wait. Entries are
-    in the order in which the waits began. A connection that is no longer in it was evicted. Each entry is changed by
-    popping it, which is atomic, so that a request is either answered or evicted, never both.
+    `places` is the one table of connections and their waits. A connection that is no longer in it was evicted. Each
+    entry is changed by popping it, which is atomic, so that a request is either answered or evicted, never both.
     """
 
     daemon_threads = True
@@ -167,8 +80,8 @@ class HttpServer(ThreadingHTTPServer):
         self.answer, self.runner, self.access = answer, runner, access
         self.places: dict[HttpConnection, Place] = {}
         self.threads = threading.Semaphore(MAX_CONNECTIONS + SPARE_THREADS)
-        self.reading = threading.Semaphore(LARGE_BODIES)
-        self.answering = threading.Semaphore(1)
+        self.large_bodies = threading.Semaphore(LARGE_BODIES)
+        self.large_answers = threading.Semaphore(1)
         self.next_check = 0.0
         super().__init__(address, HttpConnection)
 
@@ -190,13 +103,18 @@ class HttpServer(ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _evict_one(self) -> None:
-        """End the longest wait for a request, or else the oldest answer that has taken over a second."""
-        now = time.monotonic()
-        longest, (evictable_from, _) = min(
-            list(self.places.items()), key=lambda item: item[1][0], default=(None, (now, now))
-        )
-        if longest and evictable_from < now and self.places.pop(longest, None):
-            longest.shut(socket.SHUT_RDWR)
+        """End the connection that one can best do without, if there is one."""
+        now, places = time.monotonic(), list(self.places.items())
+        crowded = sum(connection.stranger for connection, _ in places) > MAX_STRANGERS
+
+        def worth(item: tuple[HttpConnection, Place]) -> tuple[bool, bool, bool, float]:
+            connection, place = item
+            fresh = now - place.since < (FRESH_REQUEST_SECONDS if place.for_request else FRESH_ANSWER_SECONDS)
+            return not (crowded and connection.stranger), fresh, not place.for_request, place.since
+
+        victim = min(places, key=worth, default=None)
+        if victim and worth(victim)[:3] != (True, True, True) and self.places.pop(victim[0], None):
+            victim[0].shut(socket.SHUT_RDWR)
 
     def service_actions(self) -> None:
         """End the waits that are past their deadline. Called by serve_forever after each accept and each poll."""
@@ -205,9 +123,9 @@ class HttpServer(ThreadingHTTPServer):
             return
         self.next_check = now + CHECK_SECONDS
         for connection, place in list(self.places.items()):
-            if place[1] < now and self.places.get(connection) is place:
+            if place.until < now and self.places.get(connection) is place:
                 # Shut for reading only, a late request can still be answered with 408.
-                connection.shut(socket.SHUT_RDWR if place[0] else socket.SHUT_RD)
+                connection.shut(socket.SHUT_RD if place.for_request else socket.SHUT_RDWR)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -238,7 +156,11 @@ class HttpConnection(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.server.places[self] = (0.0, time.monotonic() + IDLE_SECONDS)
+        self.stranger = not self.server.access.allows("api", None)
+        self.patience = float(SEND_SECONDS)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        now = time.monotonic()
+        self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
 
     def finish(self) -> None:
         self.server.places.pop(self, None)
@@ -261,55 +183,65 @@ class HttpConnection(BaseHTTPRequestHandler):
                 return
             self.rfile.read(len(head) + 4)
             request = parse_head(head)
+            self.stranger = not self.server.access.allows("api", request.headers.get("authorization"))
             self.server.access.check(request)
-            request.caller_is_gone = self._caller_is_gone
-            if request.content_length > LARGE_BODY_BYTES:
-                response = self._answer_large(request)
-            else:
-                request.body = self._read_body(request)
-                self._wait_until(math.inf, time.monotonic() + 1)
-                response = self.server.answer(request)
+            response = self._answer(request)
         except BadFraming as error:
             self._respond(problem(error))
             self._linger()
             return
         except ApiError as error:
             response = problem(error)
-        unread = not request or len(request.body) < request.content_length
-        self.close_connection = not request or not request.keep_alive or unread
+        self.close_connection = not request or not request.keep_alive or request.unread
         self._respond(response, request)
-        if unread:
+        if not request or request.unread:
             self._linger()
 
-    def _answer_large(self, request: Request) -> Response:
-        """Answer a request with a large body, when it has room in memory. Raises ApiError where that takes too long."""
-        with contextlib.ExitStack() as stack:
-            for room in (self.server.reading, self.server.answering):
-                if not room.acquire(timeout=BODY_SECONDS):
-                    detail = "too many large requests at once: try again, or send smaller ones"
-                    raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": "5"})
-                stack.callback(room.release)
-                if room is self.server.reading:
-                    request.body = self._read_body(request)
-            self._wait_until(math.inf, time.monotonic() + 1)
+    def _answer(self, request: Request) -> Response:
+        """Read the body and give the answer. Raises ApiError, also where too many large bodies are there already."""
+        try:
+            if request.content_length > LARGE_BODY_BYTES:
+                request.share = contextlib.ExitStack()
+                self._take(self.server.large_bodies, request.share)
+            self._read_body(request)
+            if request.share:
+                self._take(self.server.large_answers, request.share)
+            self._wait_for_answer()
+            request.caller_is_gone = self._caller_is_gone
             return self.server.answer(request)
+        finally:
+            request.drop_body()
 
-    def _wait_until(self, until: float, evictable_from: float = 0.0) -> None:
+    def _take(self, semaphore: threading.Semaphore, share: contextlib.ExitStack) -> None:
+        self._wait_for_answer()
+        if not semaphore.acquire(timeout=LARGE_WAIT_SECONDS):
+            detail = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
+            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": str(LARGE_WAIT_SECONDS)})
+        share.callback(semaphore.release)
+
+    def _wait_for_request(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._wait(Place(True, now, now + seconds))
+
+    def _wait_for_answer(self) -> None:
+        self._wait(Place(False, time.monotonic(), math.inf))
+
+    def _wait(self, place: Place) -> None:
         """Begin the next wait. Raises ConnectionAbortedError where this connection was evicted."""
         if not self.server.places.pop(self, None):
             raise ConnectionAbortedError
-        self.server.places[self] = (evictable_from, until)
+        self.server.places[self] = place
 
     def _peek_head(self) -> bytes | None:
         """Wait for a request's head and leave it unread; None where the client has gone or was idle for too long.
 
         Raises BadFraming where it is too long or too slow.
         """
-        self._wait_until(time.monotonic() + IDLE_SECONDS)
+        self._wait_for_request(IDLE_SECONDS)
         seen = self.connection.recv(MAX_HEAD_BYTES, socket.MSG_PEEK)
         end = seen.find(b"\r\n\r\n")
         if end < 0 and seen:
-            self._wait_until(time.monotonic() + HEAD_SECONDS)
+            self._wait_for_request(HEAD_SECONDS)
             seen = self._peek_further(seen)
             end = seen.find(b"\r\n\r\n")
         if end < 0 and len(seen) >= MAX_HEAD_BYTES:
@@ -337,58 +269,63 @@ class HttpConnection(BaseHTTPRequestHandler):
             self.server.runner.hand_over(self.connection)
         return True
 
-    def _read_body(self, request: Request) -> bytes:
-        if not request.content_length:
-            return b""
-        self._wait_until(time.monotonic() + BODY_SECONDS)
+    def _read_body(self, request: Request) -> None:
+        if not request.unread:
+            return
+        self._wait_for_request(BODY_SECONDS)
         if "expect" in request.headers:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray()
-        while more := self.rfile.read(min(request.content_length - len(body), 65536)):
-            body += more
-        if len(body) < request.content_length:
+        request.body = body = bytearray(request.content_length)
+        left = memoryview(body)
+        while left and (count := self.connection.recv_into(left)):
+            left = left[count:]
+        if left:
             raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
-        return bytes(body)
+        request.unread = False
 
     def _respond(self, response: Response, request: Request | None = None) -> None:
-        now = time.monotonic()
+        since = time.monotonic()
         with_body = not request or request.method != "HEAD"
         if isinstance(response.body, bytes):
             head = response.head(self.close_connection, f"Content-Length: {len(response.body)}\r\n")
-            self._wait_until(now + SEND_SECONDS, now + 1)
-            self.wfile.write(head + response.body if with_body else head)
+            self._send(head + response.body if with_body else head, since)
             return
         chunked = not request or request.http_1_1
-        self._send(response.head(self.close_connection, "Transfer-Encoding: chunked\r\n" * chunked), now + 1)
+        self._send(response.head(self.close_connection, "Transfer-Encoding: chunked\r\n" * chunked), since)
         if with_body:
-            self._stream(response.body, chunked, now + 1)
+            self._stream(response.body, chunked, since)
 
-    def _stream(self, body: Iterator[bytes], chunked: bool, evictable_from: float) -> None:
+    def _stream(self, body: Iterator[bytes], chunked: bool, since: float) -> None:
         for piece in body:
             if piece:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece, evictable_from)
+                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece, since)
             elif self._caller_is_gone():
                 raise ConnectionAbortedError
         if chunked:
-            self._send(b"0\r\n\r\n", evictable_from)
+            self._send(b"0\r\n\r\n", since)
 
-    def _send(self, data: bytes, evictable_from: float) -> None:
-        """Send a piece of a streamed answer; the reader has SEND_SECONDS to take it, the next may take for ever."""
-        self._wait_until(time.monotonic() + SEND_SECONDS, evictable_from)
+    def _send(self, data: bytes, since: float) -> None:
+        """Send an answer that began at `since`, or a piece of it; the next piece may take for ever to come.
+
+        A reader that makes us wait uses up the connection's patience, and gets it back by the bytes that it takes.
+        """
+        start = time.monotonic()
+        self.patience = min(self.patience + len(data) / SLOWEST_BYTES, SEND_SECONDS)
+        self._wait(Place(False, since, start + self.patience))
         self.wfile.write(data)
-        self._wait_until(math.inf, evictable_from)
+        self.patience -= time.monotonic() - start
+        self._wait(Place(False, since, math.inf))
 
     def _caller_is_gone(self) -> bool:
         """Whether the caller of the request being answered has hung up, or was evicted."""
-        try:
-            return self not in self.server.places or not self.connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
+        poll = select.poll()  # a peek would not see the end behind what was sent before it
+        poll.register(self.connection, HANG_UP)
+        return self not in self.server.places or bool(poll.poll(0))
 
     def _linger(self) -> None:
         """Read on for a moment: closing with bytes unread would reset the connection under the answer."""
         self.connection.shutdown(socket.SHUT_WR)
-        self._wait_until(time.monotonic() + LINGER_SECONDS)
+        self._wait_for_request(LINGER_SECONDS)
         left = MAX_BODY_BYTES
         while left > 0 and (more := self.rfile.read(65536)):
             left -= len(more)
@@ -475,43 +412,5 @@ class Access:
         if self.allows("worker", given[0] if len(given) == 1 else None):
             return None
         log.warning("a worker at %s was refused: %s token", connection.remote_address[0], "a wrong" if given else "no")
-        detail = (
-            "this is not a worker's token: see its --token-file"
-            if given
-            else "this needs a worker's token: --token-file"
-        )
-        return connection.respond(HTTPStatus.UNAUTHORIZED, f"{detail}\n")
-
-
-@dataclass(slots=True)
-class Response:
-    body: bytes | Iterator[bytes]
-    status: HTTPStatus = HTTPStatus.OK
-    content_type: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
-
-    def head(self, close: bool, length: str) -> bytes:
-        extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
-        return (
-            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\nContent-Type: {self.content_type}\r\n{length}"
-            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
-            f"{extra}{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n"
-        ).encode("latin-1", "replace")
-
-
-@functools.lru_cache(maxsize=2)
-def http_date(seconds: int) -> str:
-    return formatdate(seconds, usegmt=True)
-
-
-JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def as_json(value: object) -> bytes:
-    return JSON_ENCODER.encode(value).encode()
-
-
-def problem(error: ApiError) -> Response:
-    status = error.status
-    body = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": error.detail}
-    return Response(as_json(body), status, "application/problem+json", error.headers)
+        words = ("this is not a worker's token: see its", "this needs a worker's token:")[not given]
+        return connection.respond(HTTPStatus.UNAUTHORIZED, f"{words} --token-file\n")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from jobworker import web
-from jobworker.web import Access, HttpServer, Request, Response, RunnerListener
+from jobworker.message import Request, Response
+from jobworker.web import Access, HttpServer, RunnerListener
 from tests.peers import HANDSHAKE, head, statuses_of
 from tests.stage import Server, read_to_end, until
 

@@ -1,0 +1,157 @@
+"""What an HTTP request and its answer are, and the bytes of both; no I/O.
+
+Requests are read strictly: whatever two readers could understand differently is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from http import HTTPStatus
+from urllib.parse import parse_qsl
+
+MAX_HEADERS = 100
+MAX_BODY_BYTES = 8 * 1024 * 1024
+
+
+class ApiError(Exception):
+    """The caller's mistake, or our inability: answered with application/problem+json (RFC 9457)."""
+
+    def __init__(self, status: HTTPStatus, detail: str, **headers: str) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+class BadFraming(ApiError):
+    """What came is not clearly one HTTP request: answered, then the connection is closed, since its end is unknown."""
+
+
+@dataclass(slots=True)
+class Request:
+    method: str
+    target: str
+    headers: dict[str, str]
+    http_1_1: bool
+    keep_alive: bool
+    content_length: int
+    unread: bool  # its body is still to come
+    body: bytes | bytearray = b""
+    share: contextlib.ExitStack | None = None  # a large body's
+    caller_is_gone: Callable[[], bool] = bool  # a long answer may ask it now and then, and end early
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+    def drop_body(self) -> None:
+        """Free the body's memory, and its share where it is large. To be called before a long wait."""
+        self.body = b""
+        if self.share:
+            self.share.close()
+
+    def query(self, *known: str) -> dict[str, str]:
+        """Give the query's parameters by name. Raises ApiError for one that is not `known`, or given twice."""
+        pairs = parse_qsl(self.target.partition("?")[2], keep_blank_values=True)
+        query = dict(pairs)
+        if len(query) < len(pairs):
+            raise ApiError(HTTPStatus.BAD_REQUEST, "a query parameter is given twice")
+        for name in query.keys() - set(known):
+            raise ApiError(HTTPStatus.BAD_REQUEST, f"no query parameter {name!r} here; there are: {', '.join(known)}")
+        return query
+
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,16}) (/[!-~]*) HTTP/1\.([01])")
+HEADER_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([\t -~\x80-\xff]*?)[ \t]*")
+SINGLE_HEADERS = {
+    "authorization",
+    "content-length",
+    "content-type",
+    "expect",
+    "host",
+    "idempotency-key",
+    "last-event-id",
+    "origin",
+    "sec-fetch-site",
+    "transfer-encoding",
+    "upgrade",
+}
+
+
+def parse_head(head: bytes) -> Request:
+    """Read a request's head, without the empty line that ends it; strict where leniency lets requests be smuggled.
+
+    Raises BadFraming for anything that two readers could understand differently (RFC 9112, sections 2.2 to 6.3).
+    """
+    line, *lines = head.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise BadFraming(HTTPStatus.BAD_REQUEST, "the request line must be METHOD /PATH HTTP/1.1")
+    if len(lines) > MAX_HEADERS:
+        raise BadFraming(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"more than {MAX_HEADERS} header lines")
+    headers: dict[str, str] = {}
+    for number, line in enumerate(lines, 2):
+        header = HEADER_LINE.fullmatch(line)
+        if not header:
+            raise BadFraming(HTTPStatus.BAD_REQUEST, f"line {number} of the head is not a header")
+        name, value = header[1].decode().lower(), header[2].decode("latin-1")
+        if name in headers and name in SINGLE_HEADERS:
+            raise BadFraming(HTTPStatus.BAD_REQUEST, f"the header {name} is there twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return _check_framing(match[1].decode(), match[2].decode(), match[3] == b"1", headers)
+
+
+def _check_framing(method: str, target: str, http_1_1: bool, headers: dict[str, str]) -> Request:
+    if not headers.get("host"):
+        raise BadFraming(HTTPStatus.BAD_REQUEST, "the Host header is missing")
+    if "transfer-encoding" in headers:
+        raise BadFraming(HTTPStatus.LENGTH_REQUIRED, "Transfer-Encoding is not read here; send Content-Length")
+    length = headers.get("content-length", "0")
+    if not re.fullmatch("[0-9]{1,18}", length):
+        raise BadFraming(HTTPStatus.BAD_REQUEST, "Content-Length must be digits")
+    if int(length) > MAX_BODY_BYTES:
+        raise BadFraming(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body may have {MAX_BODY_BYTES} bytes")
+    if headers.get("expect", "100-continue").lower() != "100-continue":
+        raise BadFraming(HTTPStatus.EXPECTATION_FAILED, "the only expectation known is 100-continue")
+    connection = headers.get("connection", "keep-alive" if http_1_1 else "close").lower()
+    keep_alive = "close" not in connection and (http_1_1 or "keep-alive" in connection)
+    return Request(method, target, headers, http_1_1, keep_alive, int(length), unread=int(length) > 0)
+
+
+@dataclass(slots=True)
+class Response:
+    body: bytes | Iterator[bytes]
+    status: HTTPStatus = HTTPStatus.OK
+    content_type: str = "application/json"
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def head(self, close: bool, length: str) -> bytes:
+        extra = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
+        return (
+            f"HTTP/1.1 {self.status.value} {self.status.phrase}\r\nContent-Type: {self.content_type}\r\n{length}"
+            f"Date: {http_date(int(time.time()))}\r\nCache-Control: no-store\r\nX-Content-Type-Options: nosniff\r\n"
+            f"{extra}{'Connection: close' + chr(13) + chr(10) if close else ''}\r\n"
+        ).encode("latin-1", "replace")
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(seconds: int) -> str:
+    return formatdate(seconds, usegmt=True)
+
+
+JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def as_json(value: object) -> bytes:
+    return JSON_ENCODER.encode(value).encode()
+
+
+def problem(error: ApiError) -> Response:
+    status = error.status
+    body = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": error.detail}
+    return Response(as_json(body), status, "application/problem+json", error.headers)
