@@ -215,7 +215,7 @@ class TestHandshakes:
 
 
 NGINX = """
-daemon off; pid {folder}/pid; error_log stderr; worker_processes 1;
+daemon off; master_process off; pid {folder}/pid; error_log stderr; worker_processes 1;
 events {{ worker_connections 100; }}
 http {{
     access_log off;
