@@ -428,10 +428,7 @@ class Api:
         return Response(as_json(self._show([self._do(state.cancel, id_, self.clock())])[0]))
 
     def retry_job(self, request: Request, id_: int, key: str | None) -> Response:  # noqa: ARG002
-        """Run a job that has ended again, as a new job.
-
-        With the same environment and priority. The old job stays as it is.
-        """
+        """Run a job that has ended again, as a new job with the same environment and priority."""
 
         def jobs() -> list[NewJob]:
             row = self._do(state.get, id_)
@@ -467,9 +464,8 @@ class Api:
         The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first and the
         last 512 KiB are kept, and a line tells how much is missing between.
         """
-        wanted = attempt or self._do(state.get, id_)["attempt"]
-        if attempt:
-            self._do(state.get, id_)
+        row = self._do(state.get, id_)
+        wanted: int = attempt or row["attempt"]
         if tail is not None:
             offset = max(offset, self._do(logs.tail_offset, id_, wanted, tail))
         pieces = self._follow(id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
