@@ -23,7 +23,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -207,6 +208,7 @@ class Dispatcher:
         self._to_detach: dict[int, float] = {}  # since when each was connected
         self._claiming = False
         self._claim_again = False
+        self._attaching: Counter[str] = Counter()  # how many connections of a name do so
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
@@ -264,11 +266,28 @@ class Dispatcher:
         for id_, away in self.away.items():
             if away.name == worker.name:  # its grace must not end while it is being attached
                 self._start_grace(id_, away.name, self.grace)
-        for id_, other in self.workers.items():
-            if other.name == worker.name:  # what is claimed from now on would go to the older connection
-                self.offers.pop(id_, None)
-        attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs.retry_delay)
-        worker.id, wanted = await asyncio.wrap_future(attaching)
+        with self._without_offers_of(worker.name):
+            attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs.retry_delay)
+            worker.id, wanted = await asyncio.wrap_future(attaching)
+        self._take_over(worker, wanted)
+
+    @contextlib.contextmanager
+    def _without_offers_of(self, name: str) -> Iterator[None]:
+        """Have nothing claimed for a name while it attaches: that would be sent to the older connection."""
+        self._attaching[name] += 1
+        self._refresh_offers_of(name)
+        try:
+            yield
+        finally:
+            self._attaching -= Counter([name])
+            self._refresh_offers_of(name)
+
+    def _refresh_offers_of(self, name: str) -> None:
+        for worker in self.workers.values():
+            if worker.name == name:
+                self._refresh_offer(worker)
+
+    def _take_over(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
         worker.jobs = {held.id: held.attempt for held in wanted}
         self._replace(self.workers.get(worker.id), worker)
         self.away.pop(worker.id, None)
@@ -433,7 +452,7 @@ class Dispatcher:
         if self.workers.get(worker.id) is worker:
             offer = worker.free_slots(self.configs)
             self.offers.pop(worker.id, None)
-            if offer.free > 0:
+            if offer.free > 0 and not self._attaching[worker.name]:
                 self.offers[worker.id] = offer
 
     def _close(self, worker: ConnectedWorker, code: int, reason: str) -> None:

@@ -179,19 +179,26 @@ class Engine:
         state = [each.get("State") for each in read_list(answer.out)]
         return state[0] if state and isinstance(state[0], dict) else None
 
-    async def has_image(self, image: str) -> bool:
-        """Whether an image is here, or may be: an engine that gives no clear answer in time says more when it runs."""
+    async def may_have_image(self, image: str) -> bool:
+        """The same, and True where the engine gives no clear answer in time."""
         try:
-            words = ["image", "inspect", "--", image]
-            answer = await self.retry_until_answered(*words, about=image, patience=ENGINE_PATIENCE_SECONDS)
+            return await self.has_image(image)
         except EngineAway:
             return True
+
+    async def has_image(self, image: str) -> bool:
+        """Whether an image is here. Raises EngineAway."""
+        words = ["image", "inspect", "--", image]
+        answer = await self.retry_until_answered(*words, about=image, patience=ENGINE_PATIENCE_SECONDS)
         if answer.code:
             self.images.discard(image)
         return answer.code == 0
 
     async def provide_image(self, image: str, policy: str, platform: str | None) -> str:
-        """Have an image here, pulled once for all jobs that wait for it; the engine's error where it can't, or ""."""
+        """Have an image here, pulled once for all jobs that wait for it; the engine's error where it can't, or "".
+
+        Raises EngineAway.
+        """
         async with self._pulling[image]:
             if policy == "missing" and (image in self.images or await self.has_image(image)):
                 self.images.add(image)

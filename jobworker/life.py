@@ -118,7 +118,7 @@ class Life:
             except NotStarted as error:
                 return self.failure(self._stop_reason or "docker", str(error))
             self.output.is_whole()
-            if code != NOT_STARTED or image not in self._engine.images or await self._engine.has_image(image):
+            if code != NOT_STARTED or image not in self._engine.images or await self._engine.may_have_image(image):
                 return await self._conclude(code, code == NOT_STARTED and bool(UNREACHED.search(beginning)))
             self.output.read_again()  # somebody removed the image since the last job
 
@@ -140,7 +140,7 @@ class Life:
         raise AssertionError
 
     async def _provide_image(self, config: Config) -> str:
-        """Have the image here, as the policy says; an error where it can't be had, or ""."""
+        """Have the image here, as the policy says; an error where it can't be had, or "". Raises EngineAway."""
         image, policy = config["image"], config.get("pull_policy", "missing")
         if policy == "never" or (policy == "missing" and image in self._engine.images):
             return ""
@@ -181,7 +181,7 @@ class Life:
             await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
         code, reason = read_state(state) if state else exit_of_command(code)
-        if reason == "docker" and not await self._engine.has_image(self.config.get("image", "")):
+        if reason == "docker" and not await self._engine.may_have_image(self.config.get("image", "")):
             code, reason = None, "image"
         if self._stop_reason:
             return End(code, self._stop_reason)

@@ -739,8 +739,8 @@ def overview(db: Database, now: float) -> dict[str, Any]:
     connected, slots = db.one(COUNT_CONNECTED)
     oldest = oldest_ready(db)
     return {
-        "jobs": {state: db.counts[state] for state in STATES},
-        "finished": db.totals.finished.total(),
+        "jobs": {state: db.counts[state] + db.notes.moved[state] for state in STATES},
+        "finished": db.totals.finished.total() + len(db.notes.finished),
         "queue_latency": round(max(now - oldest, 0), 1) if oldest else 0,
         "workers": connected,
         "slots": int(slots),

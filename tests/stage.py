@@ -359,5 +359,5 @@ def docker_ps(server: Server, job: int | None = None) -> list[str]:
 def is_docker_run(command_line: Path, name: str) -> bool:
     with contextlib.suppress(OSError):
         words = command_line.read_bytes().split(b"\0")
-        return b"run" in words[:3] and name.encode() in words and b"docker" in words[0]
+        return b"run" in words[:3] and f"--name={name}".encode() in words and b"docker" in words[0]
     return False

@@ -1,6 +1,7 @@
 """The life of a container, over an engine that says what the test wants."""
 
 import asyncio
+import json
 from collections.abc import Callable
 
 from jobworker.container import Answer, Engine
@@ -11,7 +12,7 @@ class LateStart:
     """An engine whose `docker run` is killed between creation and start; the container starts and ends after that."""
 
     def __init__(self) -> None:
-        self.states = iter(['{"Status": "created"}'])
+        self.states = iter([{"Status": "created"}])
 
     async def __call__(
         self,
@@ -25,7 +26,8 @@ class LateStart:
             case "run":
                 return Answer(-9)
             case "inspect":
-                return Answer(0, next(self.states, '{"Status": "exited", "ExitCode": 0, "StartedAt": "2026-01-31"}'))
+                ended = {"Status": "exited", "ExitCode": 0, "StartedAt": "2026-01-31"}
+                return Answer(0, json.dumps([{"State": next(self.states, ended)}]))
             case "logs":
                 assert output
                 output(b"hello\n")
