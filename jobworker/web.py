@@ -44,7 +44,7 @@ BODY_SECONDS = 30
 SEND_SECONDS = 30
 SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
-SEND_BUFFER_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
+UNSENT_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
@@ -158,13 +158,20 @@ class HttpConnection(BaseHTTPRequestHandler):
         super().setup()
         self.stranger = not self.server.access.allows("api", None)
         self.patience = float(SEND_SECONDS)
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        self._limit_unsent(UNSENT_BYTES)
         now = time.monotonic()
         self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
 
     def finish(self) -> None:
         self.server.places.pop(self, None)
         super().finish()
+
+    def _limit_unsent(self, count: int) -> None:
+        """Let the kernel hold so many bytes that are not sent yet; 0: as many as it likes.
+
+        Unlike a send buffer's size it can be taken back: a worker's connection needs all the room there is.
+        """
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)
 
     def shut(self, how: int) -> None:
         """End a wait from another thread: its system call returns at once."""
@@ -266,6 +273,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         if not RUNNER_START.match(head) or not UPGRADE_HEADER.search(head + b"\r\n"):
             return False
         if self.server.places.pop(self, None):
+            self._limit_unsent(0)
             self.server.runner.hand_over(self.connection)
         return True
 

@@ -18,6 +18,7 @@ import pytest
 
 from jobworker import message, web
 from jobworker.message import Response
+from jobworker.web import HttpServer
 from tests.peers import HANDSHAKE, head
 from tests.stage import Program, Reply, Server, Stage, bearer, read_to_end, until
 from tests.test_places import dial, send, serving
@@ -207,7 +208,25 @@ class TestBodies:
             until(lambda: len(server.get("/api/jobs")) == 3)
 
 
+def accepted(server: HttpServer) -> tuple[socket.socket, object] | None:
+    server.runner.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        return server.runner.accept()
+    return None
+
+
 class TestHandshakes:
+    def test_a_workers_connection_has_all_the_room_that_a_new_one_has(self) -> None:
+        """With the little that a caller's has, a worker with many jobs would seem not to read."""
+        room = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT), (socket.SOL_SOCKET, socket.SO_SNDBUF)]
+        with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
+            peer.sendall(head(b"GET /") + HANDSHAKE)
+            worker, _ = until(lambda: accepted(server))
+            with worker, socket.create_server(("127.0.0.1", 0)) as other, socket.create_connection(other.getsockname()):
+                new, _ = other.accept()
+                with new:
+                    assert [worker.getsockopt(*one) for one in room] == [new.getsockopt(*one) for one in room]
+
     def test_refused_ones_that_do_not_read_leave_nothing(self, guarded: Server) -> None:
         with crowd(guarded, HANDSHAKE):
             serves(guarded, API)
