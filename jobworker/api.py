@@ -44,7 +44,7 @@ STATUS_OF = {
     "conflict": HTTPStatus.CONFLICT,
     "no worker": HTTPStatus.INTERNAL_SERVER_ERROR,
 }
-NO_WORKER = "worker is not exist. Start one: python client.py HOST:PORT/runner, or run the server with --hold"
+START_ONE = ". Start one: python client.py HOST:PORT/runner, or run the server with --hold"
 
 TEXT = "text/plain; charset=utf-8"
 EVENTS = "text/event-stream; charset=utf-8"
@@ -236,9 +236,14 @@ def mark(key: str | None, *content: object) -> Key | None:
     """Give an idempotency key with what it belongs to: a route and a body, which are compared as values."""
     if key is None:
         return None
-    text = json.dumps(content, sort_keys=True, default=str)
-    whole = re.sub(r"(?<=[0-9])\.0+(?=[,\]}])", "", text)  # 1.0 is 1
-    return Key(key, hashlib.sha256(whole.encode()).hexdigest())
+    values = json.loads(json.dumps(content), parse_float=whole_if_it_is)
+    return Key(key, hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+
+
+def whole_if_it_is(text: str) -> float:
+    """Give the value of a JSON number: 1.0 and 1e0 are 1."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def new_job(configs: Configs, name: object, body: object, number: int | None = None) -> NewJob:
@@ -304,7 +309,7 @@ class Api:
         """Have the store do something and give the result. Raises ApiError for what it refuses."""
         result = self.store.do(function, *args).result()
         if isinstance(result, Refusal):
-            raise ApiError(STATUS_OF[result.kind], NO_WORKER if result.kind == "no worker" else result.detail)
+            raise ApiError(STATUS_OF[result.kind], result.detail + START_ONE * (result.kind == "no worker"))
         return result
 
     def queue_job(self, request: Request, name: str, wait: float, full: bool, key: str | None) -> Response:

@@ -172,11 +172,12 @@ SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'runnin
 LATEST_MADE = "SELECT created_at FROM job WHERE id > 0 ORDER BY id DESC LIMIT 1"
 LATEST_ENDED = "SELECT finished_at FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 1"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
-QUEUED_NAMES = """WITH RECURSIVE known (name) AS (
-    SELECT min(name) FROM job
+QUEUED_NAMES = """WITH RECURSIVE queued (name) AS (
+    SELECT min(name) FROM job INDEXED BY job_queued WHERE state = 'queued'
     UNION ALL
-    SELECT (SELECT min(name) FROM job WHERE name > known.name) FROM known WHERE name IS NOT NULL)
-    SELECT name FROM known WHERE name IS NOT NULL"""
+    SELECT (SELECT min(name) FROM job INDEXED BY job_queued WHERE state = 'queued' AND name > queued.name)
+        FROM queued WHERE name IS NOT NULL)
+    SELECT name FROM queued WHERE name IS NOT NULL"""
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"

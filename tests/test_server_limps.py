@@ -289,6 +289,12 @@ class TestIdempotency:
         assert "which is another request" in self.ask(server, path, body, status=409)
         assert len(server.get("/api/jobs")) == 1
 
+    def test_a_number_may_be_written_in_any_way_and_a_text_may_not(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        job = self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 100}')
+        assert self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 1e2}') == job
+        self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1, 2"}, "delay": 100}', status=409)
+
     def test_a_list_and_its_entries_have_keys_of_their_own(self, stage: Stage) -> None:
         server = stage.server("--hold")
         listed = self.ask(server, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L")
