@@ -95,13 +95,9 @@ TRANSITIONS = {
 }
 
 MAX_FRAME_BYTES = 16 * 1024 * 1024
-BATCH_BYTES = 512 * 1024
 BACKOFF_FLOOR_SECONDS = 0.25
 BACKOFF_CEILING_SECONDS = 3.0
 STEADY_SECONDS = 5
-# The peer's silence is noticed after at most the sum of both: within 30 s.
-PING_SECONDS = 15
-PONG_SECONDS = 14
 SWEEP_SECONDS = 30
 KILL_SECONDS = 5
 
@@ -188,7 +184,7 @@ class Session:
             return protocol.encode(self._outbox.popleft())
         batch: list[protocol.FromWorker] = []
         size = 0
-        while self._outbox and size < BATCH_BYTES:
+        while self._outbox and size < protocol.BATCH_BYTES:
             if isinstance(self._outbox[0], Hello) and batch:  # a Hello has a frame of its own
                 break
             message = self._outbox.popleft()
@@ -668,8 +664,8 @@ def real_world(options: argparse.Namespace) -> World:
             proxy=None,
             compression=None,
             max_size=MAX_FRAME_BYTES,
-            ping_interval=PING_SECONDS,
-            ping_timeout=PONG_SECONDS,
+            ping_interval=protocol.PING_SECONDS,
+            ping_timeout=protocol.PONG_SECONDS,
             close_timeout=2,
             logger=quiet_logger(),
         )

@@ -80,6 +80,9 @@ MAX_LOG_OFFSET = 2**62
 MAX_TAGS = 100
 MAX_HELD_JOBS = 20_000
 BATCH_BYTES = 512 * 1024
+# The peer's silence is noticed after at most the sum of both: within 30 s.
+PING_SECONDS = 15
+PONG_SECONDS = 14
 
 _INT32 = struct.Struct(">i")
 _JOB_ATTEMPT = struct.Struct(">ii")

@@ -73,9 +73,6 @@ MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
-# The peer's silence is noticed after at most the sum of both: within 30 s.
-PING_SECONDS = 15
-PONG_SECONDS = 14
 TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
@@ -202,9 +199,8 @@ class Dispatcher:
         self.configs, self._config_frames = configs, config_frames(configs)
         self.workers: dict[int, ConnectedWorker] = {}
         self.away: dict[int, GracePeriod] = {}
-        self.offers: dict[
-            int, FreeSlots
-        ] = {}  # one per worker with a free slot; the store's thread only tests for empty
+        # One per worker with a free slot. The store's thread only tests whether it is empty.
+        self.offers: dict[int, FreeSlots] = {}
         self._to_detach: dict[int, float] = {}  # since when each was connected
         self._claiming = False
         self._claim_again = False
@@ -639,8 +635,8 @@ class Server:
             compression=None,
             max_size=MAX_FRAME_BYTES,
             max_queue=2,
-            ping_interval=PING_SECONDS,
-            ping_timeout=PONG_SECONDS,
+            ping_interval=protocol.PING_SECONDS,
+            ping_timeout=protocol.PONG_SECONDS,
             close_timeout=2,
             logger=quiet_logger(),
         ):

@@ -789,9 +789,7 @@ class World:
         self.loop.call_later(self.delay(14), host.start)
 
     def cut(self) -> None:
-        host = self.chance.choice(self.hosts)
-        if host.link:
-            host.link.cut()
+        self.cut_off(self.chance.choice(self.hosts))
 
     def go_silent(self) -> None:
         host = self.chance.choice(self.hosts)

@@ -179,13 +179,6 @@ class Engine:
         state = [each.get("State") for each in read_list(answer.out)]
         return state[0] if state and isinstance(state[0], dict) else None
 
-    async def may_have_image(self, image: str) -> bool:
-        """The same, and True where the engine gives no clear answer in time."""
-        try:
-            return await self.has_image(image)
-        except EngineAway:
-            return True
-
     async def has_image(self, image: str) -> bool:
         """Whether an image is here. Raises EngineAway."""
         words = ["image", "inspect", "--", image]
@@ -193,6 +186,13 @@ class Engine:
         if answer.code:
             self.images.discard(image)
         return answer.code == 0
+
+    async def may_have_image(self, image: str) -> bool:
+        """Whether an image is here; True, too, where the engine gives no clear answer in time."""
+        try:
+            return await self.has_image(image)
+        except EngineAway:
+            return True
 
     async def provide_image(self, image: str, policy: str, platform: str | None) -> str:
         """Have an image here, pulled once for all jobs that wait for it; the engine's error where it can't, or "".
