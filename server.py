@@ -483,11 +483,11 @@ class WatchedClock:
     """Seconds since the epoch, and a look at whether somebody has set the clock.
 
     clock: what may be set; steady: seconds that go on also while the machine sleeps. on_jump: called with the seconds
-    by which it was set, before the first time after that is given. May be read from any thread.
+    by which it was set and the time it shows now, before that is given. May be read from any thread.
     """
 
     def __init__(
-        self, on_jump: Callable[[float], object], clock: Clock = time.time, steady: Clock = steady_clock
+        self, on_jump: Callable[[float, float], object], clock: Clock = time.time, steady: Clock = steady_clock
     ) -> None:
         self._on_jump, self._clock, self._steady = on_jump, clock, steady
         self._offset = clock() - steady()
@@ -501,7 +501,7 @@ class WatchedClock:
             jump, self._offset = offset - self._offset, offset
             if abs(jump) >= CLOCK_JUMP_SECONDS:
                 self._trusted_from = self._steady() + DISTRUST_SECONDS
-                self._on_jump(jump)
+                self._on_jump(jump, now)
             return now
 
     def was_set_lately(self) -> bool:
@@ -531,9 +531,9 @@ class Core:
         self.dispatcher = Dispatcher(store, configs, options.grace, self.clock, outside.chance, outside.write)
         self._keep: float = options.keep
 
-    def _on_jump(self, seconds: float) -> None:
+    def _on_jump(self, seconds: float, now: float) -> None:
         log.warning("the clock was set %s by %.0f s", "ahead" if seconds > 0 else "back", abs(seconds))
-        self.store.do(state.shift_delays, seconds)
+        self.store.do(state.shift_delays, seconds, now)
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""

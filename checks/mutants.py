@@ -238,7 +238,7 @@ MUTANTS = (
         "a delay is a duration",
         "jobworker/state.py",
         "server_limps and Clock",
-        "        shift_delays(db, now - latest)\n",
+        "        shift_delays(db, now - clock, now)\n",
         "        pass\n",
     ),
     Mutant("a jump is seen", "server.py", "server_limps and Clock", "if abs(jump) >= CLOCK_JUMP_SECONDS:", "if False:"),

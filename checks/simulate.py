@@ -16,701 +16,37 @@ Exit 1 where a promise was broken: the seed is printed.
 import argparse
 import asyncio
 import contextlib
-import contextvars
+import gc
 import hashlib
 import itertools
 import json
 import logging
 import multiprocessing
 import os
-import random
-import selectors
 import shutil
 import sqlite3
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK
-from websockets.frames import Close
+from played import FINAL, JOBS, Broken, Host, OriginalHost, World
 
 import client
-import protocol
 import server
 from jobworker import logs, state
-from jobworker.config import Configs, JobConfig, Parameter
-from jobworker.container import Answer, NotStarted, PastDeadline
-from jobworker.store import Store, StoreError
+from jobworker.config import Configs
+from jobworker.store import StoreError
 
-EPOCH = 1_790_000_000.0
-GRACE_SECONDS = 8.0
-OPTIONS = argparse.Namespace(grace=GRACE_SECONDS, keep=0)
 STORM_SECONDS = 40.0
 CALM_SECONDS = 400.0
 FAULTS = 60
-PING_SECONDS = 29.0  # until a silent link is noticed
-RAM = Path("/dev/shm")
-FINAL = {"success", "failure", "cancelled"}
-LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
 
-PLAN = {"PLAN": Parameter(required=True)}
-JOBS = {
-    "plain": JobConfig("plain", "busybox", "true", parameters=PLAN),
-    "again": JobConfig("again", "busybox", "true", retries=2, retry_delay=0.5, parameters=PLAN),
-    "alone": JobConfig("alone", "busybox", "true", concurrency=1, retries=1, retry_delay=0.5, parameters=PLAN),
-    "short": JobConfig("short", "busybox", "true", timeout=3.0, parameters=PLAN, stop_grace_period=1),
-    "leaves": JobConfig("leaves", "busybox", "true", parameters=PLAN),
-}
 
-
-class Broken(Exception):
-    """A promise was broken."""
-
-
-class _Timeless(selectors.SelectSelector):
-    """A selector that waits for nothing: time goes on at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise Broken("nothing is left to happen, and not all is done")
-        self.now += max(timeout, 0)
-        return []
-
-
-LIFE: contextvars.ContextVar["Life | None"] = contextvars.ContextVar("life", default=None)
-
-
-class Life:
-    """A process: the tasks that it has started, which `kill -9` ends. What a dead one still does reaches nothing."""
-
-    def __init__(self) -> None:
-        self.dead = False
-        self.tasks: dict[asyncio.Task[Any], None] = {}
-
-    def start(self, work: Coroutine[Any, Any, Any]) -> None:
-        context = contextvars.Context()
-        context.run(LIFE.set, self)
-        asyncio.get_running_loop().create_task(work, context=context)
-
-    def kill(self) -> None:
-        self.dead = True
-        for task in list(self.tasks):
-            task.cancel()
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, and which knows whose each task is."""
-
-    def __init__(self) -> None:
-        self.timeless = _Timeless()
-        super().__init__(self.timeless)
-        self.set_task_factory(self._make_task)
-
-    def _make_task(self, _loop: object, work: Any, context: contextvars.Context | None = None) -> Any:
-        task = asyncio.Task(work, loop=self, context=context)
-        life = (context or contextvars.copy_context()).get(LIFE)
-        if life:
-            life.tasks[task] = None
-            task.add_done_callback(lambda task: life.tasks.pop(task, None))
-        return task
-
-    def time(self) -> float:
-        return self.timeless.now
-
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-        return self.call_soon(callback, *args, context=context)
-
-
-# Links
-
-
-class End:
-    """One end of a link: as much of a WebSocket connection as server.py and client.py use."""
-
-    subprotocol = protocol.VERSION_2
-    remote_address = ("192.0.2.1", 5)
-
-    def __init__(self, link: "Link") -> None:
-        self.link = link
-        self.peer: End
-        self.inbox: list[bytes] = []
-        self.news = asyncio.Event()
-        self.end: ConnectionClosed | None = None
-        self.arrives = 0.0
-        self.response = SimpleNamespace(headers={protocol.SERVER_HEADER: link.server_id, protocol.READINGS_HEADER: "1"})
-
-    @property
-    def close_code(self) -> int:
-        return self.end.rcvd.code if self.end and self.end.rcvd else 1006
-
-    async def send(self, data: bytes, /) -> None:
-        if self.end:
-            raise self.end
-        self.put(data)
-
-    def put(self, data: bytes) -> None:
-        """Send, as `broadcast` does: without waiting, nor an error for a connection that is gone."""
-        if self.end is None and not self.link.silent:
-            self.peer.at_arrival(self.peer.receive, data)
-
-    def at_arrival(self, action: Callable[..., None], *args: Any) -> None:
-        world = self.link.world
-        self.arrives = max(self.arrives, world.now() + world.delay(0.02))
-        world.loop.call_at(self.arrives, action, *args)
-
-    def receive(self, data: bytes) -> None:
-        if self.end is None and not self.link.silent:
-            self.inbox.append(data)
-            self.news.set()
-
-    def shut(self, end: ConnectionClosed) -> None:
-        if self.end is None:
-            self.end = end
-            self.news.set()
-
-    async def recv(self) -> bytes:
-        while not self.inbox:
-            if self.end:
-                raise self.end
-            self.news.clear()
-            await self.news.wait()
-        return self.inbox.pop(0)
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with contextlib.suppress(ConnectionClosedOK):
-            while True:
-                yield await self.recv()
-
-    async def close(self, code: int = 1000, reason: str = "") -> None:
-        frame = Close(int(code), reason)
-        kind = ConnectionClosedOK if frame.code == 1000 else ConnectionClosedError
-        if self.end is None and not self.link.silent:
-            self.peer.at_arrival(self.peer.shut, kind(frame, frame, True))
-        self.shut(kind(frame, frame, False))
-
-
-class Link:
-    """A connection between a worker and the server."""
-
-    def __init__(self, world: "World", server_id: str) -> None:
-        self.world, self.server_id, self.silent = world, server_id, False
-        self.near, self.far = End(self), End(self)
-        self.near.peer, self.far.peer = self.far, self.near
-
-    def cut(self) -> None:
-        for end in (self.near, self.far):
-            if self.world.chance.random() < 0.5:
-                end.inbox.clear()
-            end.shut(ConnectionClosedError(None, None))
-
-    def go_silent(self) -> None:
-        self.silent = True
-        self.world.loop.call_later(PING_SECONDS, self.cut)
-
-
-# The engine
-
-
-@dataclass
-class Container:
-    """A container, and what it is going to do: plan has its seconds, exit code and lines."""
-
-    name: str
-    labels: dict[str, str]
-    plan: dict[str, Any]
-    state: str = "created"
-    code: int = 0
-    oom: bool = False
-    output: bytearray = field(default_factory=bytearray)
-    began: float = 0.0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def change(self) -> None:
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
-@dataclass
-class Start:
-    """A line of an engine's ledger: a container that was started."""
-
-    job: int
-    attempt: int
-    host: str
-    began: float
-    container: Container
-    ended: float | None = None
-
-
-REFUSALS = (
-    "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
-    "permission denied while trying to connect to the Docker daemon socket",
-    'Failed to initialize: unable to resolve docker endpoint: context "x": context not found',
-    "Error response from daemon: unexpected EOF",
-    "Error: timeout",
-)
-
-
-class Engine:
-    """An engine with its command, as far as jobworker/container.py speaks with it."""
-
-    def __init__(self, world: "World", host: str) -> None:
-        self.world, self.host = world, host
-        self.containers: dict[str, Container] = {}
-        self.images = {"busybox"}
-        self.trouble: str | None = None
-        self.mended = asyncio.Event()
-        self.busy: set[str] = set()
-        self.clients: dict[asyncio.Task[Answer], Container] = {}
-
-    async def command(
-        self,
-        words: list[str],
-        stdin: str = "",  # noqa: ARG002
-        environment: dict[str, str] | None = None,
-        output: Callable[[bytes], None] | None = None,
-        deadline: float | None = None,
-    ) -> Answer:
-        """Run the engine's command; see jobworker.container.RunCommand."""
-        words = [part for word in words for part in (word.split("=", 1) if word.startswith("--") else [word])]
-        verb = "image" if words[0] == "image" else words[0]
-        await asyncio.sleep(self.world.delay(0.05))
-        if self.trouble and self.world.chance.random() < 0.8:
-            await self._fail(verb, deadline)
-            if self.trouble == "killed":
-                return Answer(-9)
-            if self.trouble == "refuses":
-                text = self.world.chance.choice(REFUSALS)
-                if verb == "run" and output:
-                    output(text.encode() + b"\n")
-                return Answer(125 if verb == "run" else 1, "", text)
-        if verb == "run":
-            return await self._attached(words, environment or {}, output or (lambda _data: None))
-        try:
-            async with asyncio.timeout(deadline):
-                answer: Answer = await getattr(self, f"_{verb}")(words[1:], output)
-                return answer
-        except TimeoutError as error:
-            raise PastDeadline(verb) from error
-
-    def mend(self) -> None:
-        self.trouble = None
-        self.mended.set()
-        self.mended = asyncio.Event()
-
-    async def _fail(self, verb: str, deadline: float | None) -> None:
-        self.world.count(f"engine {self.trouble}")
-        if self.trouble == "does not start":
-            raise NotStarted("EAGAIN")
-        if self.trouble == "hangs" and verb != "run":
-            try:
-                await asyncio.wait_for(self.mended.wait(), deadline)
-            except TimeoutError as error:
-                raise PastDeadline(verb) from error
-
-    async def _attached(self, words: list[str], variables: dict[str, str], output: Callable[[bytes], None]) -> Answer:
-        """`docker run`: its process outlives who started it, so it is a task of the world's."""
-        labels = dict(words[at + 1].split("=", 1) for at, word in enumerate(words) if word == "--label")
-        name = words[words.index("--name") + 1]
-        plan = json.loads(variables.get("PLAN", "{}"))
-        container = Container(name, labels, plan)
-        attached = self.world.spawn(self._run_client(container, words[words.index("--") + 1], output))
-        self.clients[attached] = container
-        attached.add_done_callback(lambda task: self.clients.pop(task, None))
-        await asyncio.wait([attached])
-        return Answer(-9) if attached.cancelled() else attached.result()
-
-    async def _run_client(self, container: Container, image: str, output: Callable[[bytes], None]) -> Answer:
-        if container.name in self.containers:
-            output(b"Conflict. The container name is already in use.\n")
-            return Answer(125)
-        if image not in self.images:
-            output(b"Unable to find image locally\n")
-            return Answer(125)
-        self.containers[container.name] = container
-        await asyncio.sleep(self.world.delay(0.3))
-        if self.containers.get(container.name) is not container:
-            return Answer(125)
-        self._start(container)
-        told = 0
-        while container.state == "running" or told < len(container.output):
-            changed = container.changed
-            if told < len(container.output):
-                output(bytes(container.output[told:]))
-                told = len(container.output)
-            if container.state == "running":
-                await changed.wait()
-        return Answer(container.code)
-
-    def _start(self, container: Container) -> None:
-        container.state, container.began = "running", self.world.now()
-        job, attempt = int(container.labels[LABEL_OF_JOB]), int(container.labels[LABEL_OF_ATTEMPT])
-        self.world.starts.append(Start(job, attempt, self.host, container.began, container))
-        self.world.tell(f"{self.host}: {container.name} starts")
-        self.world.spawn(self._live(container))
-
-    async def _live(self, container: Container) -> None:
-        plan = container.plan
-        lines = plan.get("lines", 0)
-        for number in range(lines):
-            await asyncio.sleep(plan.get("seconds", 0) / lines)
-            if container.state != "running":
-                break
-            container.output += f"{container.name} line {number}\n".encode()
-            container.change()
-        else:
-            await asyncio.sleep(0 if lines else plan.get("seconds", 0))
-        if container.state == "running":
-            self.end(container, plan.get("code", 0))
-
-    def end(self, container: Container, code: int) -> None:
-        if container.state == "running":
-            container.state, container.code = "exited", code
-            self.world.tell(f"{self.host}: {container.name} exits {code}")
-            for line in self.world.starts:
-                if line.container is container and line.ended is None:
-                    line.ended = self.world.now()
-            container.change()
-
-    def end_orphans(self, labels: dict[str, str]) -> None:
-        for task, container in list(self.clients.items()):
-            if labels.items() <= container.labels.items():
-                task.cancel()
-
-    def restart(self, kills: bool) -> None:
-        for task in list(self.clients):
-            task.cancel()
-        for container in list(self.containers.values()):
-            if kills:
-                self.end(container, 137)
-
-    async def _ps(self, words: list[str], _output: object) -> Answer:
-        wanted = [words[at + 1].removeprefix("label=") for at, word in enumerate(words) if word == "--filter"]
-        wanted += [word.split("=", 1)[1] for word in words if word.startswith("label=")]
-        labels = dict(label.split("=", 1) for label in wanted)
-        found = [each for each in self.containers.values() if labels.items() <= each.labels.items()]
-        if "--quiet" in words:
-            return Answer(0, "".join(f"{each.name}\n" for each in found))
-        keys = (LABEL_OF_JOB, LABEL_OF_ATTEMPT)
-        rows = [[*map(each.labels.get, keys), each.state, each.name, each.labels["jobworker.name"]] for each in found]
-        return Answer(0, "".join("\t".join(map(str, row)) + "\n" for row in rows))
-
-    def _state(self, container: Container) -> dict[str, Any]:
-        began = self.world.moment(container.began) if container.state != "created" else "0001-01-01T00:00:00Z"
-        return {
-            "Status": container.state,
-            "Running": container.state == "running",
-            "ExitCode": container.code,
-            "OOMKilled": container.oom,
-            "StartedAt": began,
-        }
-
-    async def _inspect(self, words: list[str], _output: object) -> Answer:
-        options = {"--type", "--format"}
-        names = [w for at, w in enumerate(words) if w[0] != "-" and (at == 0 or words[at - 1] not in options)]
-        found = [self.containers[name] for name in names if name in self.containers]
-        error = "".join(f"Error: No such container: {name}\n" for name in names if name not in self.containers)
-        if "--format" in words:
-            return Answer(1 if error else 0, "".join(json.dumps(self._state(each)) + "\n" for each in found), error)
-        shown = [
-            {"Id": each.name, "Name": f"/{each.name}", "State": self._state(each), "Config": {"Labels": each.labels}}
-            for each in found
-        ]
-        return Answer(1 if error else 0, json.dumps(shown), error)
-
-    async def _image(self, words: list[str], _output: object) -> Answer:
-        here = words[-1] in self.images
-        return Answer(0, "[{}]") if here else Answer(1, "[]", f"Error: No such image: {words[-1]}")
-
-    async def _pull(self, words: list[str], _output: object) -> Answer:
-        await asyncio.sleep(self.world.delay(2))
-        self.images.add(words[-1])
-        return Answer(0)
-
-    async def _rm(self, words: list[str], _output: object) -> Answer:
-        force, errors = "--force" in words, []
-        for name in [word for word in words if word[0] != "-"]:
-            container = self.containers.get(name)
-            if container is None:
-                errors.append(f"Error: No such container: {name}")
-            elif name in self.busy:
-                errors.append(f"Error response from daemon: container {name}: driver failed: device or resource busy")
-            elif container.state == "running" and not force:
-                errors.append(f"Error response from daemon: cannot remove container {name}: container is running")
-            else:
-                self.end(container, 137)
-                del self.containers[name]
-        return Answer(1 if errors else 0, "", "\n".join(errors))
-
-    async def _stop(self, words: list[str], _output: object) -> Answer:
-        container = self.containers.get(words[-1])
-        if container is None:
-            return Answer(1, "", f"Error response from daemon: No such container: {words[-1]}")
-        await asyncio.sleep(self.world.delay(1.0))
-        self.end(container, 143)
-        return Answer(0)
-
-    async def _wait(self, words: list[str], _output: object) -> Answer:
-        container = self.containers.get(words[-1])
-        if container is None:
-            return Answer(1, "", f"Error response from daemon: No such container: {words[-1]}")
-        while container.state == "running":
-            await container.changed.wait()
-        return Answer(0, f"{container.code}\n")
-
-    async def _logs(self, words: list[str], output: Callable[[bytes], None]) -> Answer:
-        container = self.containers.get(words[-1])
-        if container is None:
-            return Answer(1, "", f"Error response from daemon: No such container: {words[-1]}")
-        told, trouble = 0, self.trouble
-        while True:
-            changed = container.changed
-            if told < len(container.output):
-                output(bytes(container.output[told:]))
-                told = len(container.output)
-            if container.state != "running" and told == len(container.output):
-                return Answer(0)
-            if self.trouble and self.trouble != trouble:
-                return Answer(1, "", "unexpected EOF")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), 5)
-
-
-# The server, and workers
-
-
-class PlayedStore(Store):
-    """The real store, without its thread: what waits is committed a moment later, if the disk lets it."""
-
-    def __init__(self, world: "World", deliver: Callable[[Any], object]) -> None:
-        self.world, self.dead, self.scheduled = world, False, False
-        super().__init__(str(world.folder / "jobs.db"), deliver, world.chance)
-        self.execute, self._database.execute = self._database.execute, self.execute_or_fail  # type: ignore[method-assign]
-
-    def do(self, function: Callable[..., Any], *args: Any) -> Any:
-        future = super().do(function, *args)
-        self.schedule()
-        return future
-
-    def do_then(self, callback: Callable[[Any], None], function: Callable[..., Any], *args: Any) -> None:
-        super().do_then(callback, function, *args)
-        self.schedule()
-
-    def schedule(self) -> None:
-        if not self.scheduled and not self.dead:
-            self.scheduled = True
-            self.world.loop.call_later(self.world.delay(0.01), self.commit_what_waits)
-
-    def commit_what_waits(self) -> None:
-        self.scheduled = False
-        if not self.dead:
-            self.commit_waiting()
-            self.world.note_states(self)
-
-    def execute_or_fail(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        if sql == "COMMIT" and self._database.notes.moved:
-            disk, self.world.disk = self.world.disk, "full" if self.world.disk == "full" else None
-            if disk == "full":
-                raise self.failure("database or disk is full", sqlite3.SQLITE_FULL)
-            if disk in ("lost", "kept"):
-                if disk == "kept":
-                    self.execute(sql)
-                raise self.failure("disk I/O error", sqlite3.SQLITE_IOERR_FSYNC)
-        return self.execute(sql, parameters)
-
-    def failure(self, text: str, code: int) -> sqlite3.OperationalError:
-        self.world.count(f"disk: {text}")
-        error = sqlite3.OperationalError(text)
-        error.sqlite_errorcode = code
-        return error
-
-    def kill(self) -> None:
-        self.dead = True
-        self._database.connection.close()
-
-
-def put(socket: Any, frame: bytes) -> None:
-    socket.put(frame)
-
-
-class PlayedServer:
-    """A life of the server: from its start to its kill."""
-
-    def __init__(self, world: "World") -> None:
-        self.world = world
-        self.store = PlayedStore(world, self.deliver)
-        configs = Configs(world.jobs.values(), world.chance)
-        outside = server.Outside(world.wall, world.loop.time, world.chance, put)
-        self.core = server.Core(self.store, configs, OPTIONS, outside)
-        self.links: list[Link] = []
-        self.ready = False
-        self.life = Life()
-        self.life.start(self.run())
-
-    def deliver(self, commit: Any) -> None:
-        self.world.loop.call_soon(self.on_commit, commit)
-
-    def on_commit(self, commit: Any) -> None:
-        if not self.store.dead:
-            self.core.on_commit(commit)
-
-    async def run(self) -> None:
-        await self.core.start()
-        self.ready = True
-        await self.core.run()
-        self.world.loop.call_soon(self.world.restart_server)
-
-    def accept(self) -> Link:
-        link = Link(self.world, self.store.server_id)
-        self.links = [each for each in self.links if each.far.end is None] + [link]
-        self.life.start(self.serve(link))
-        return link
-
-    async def serve(self, link: Link) -> None:
-        """Serve a connection as `websockets` has it served: it is closed where that is over."""
-        try:
-            await self.core.dispatcher.serve(link.far)  # type: ignore[arg-type]
-        finally:
-            await link.far.close()
-
-    def kill(self) -> None:
-        self.store.kill()
-        for link in self.links:
-            link.cut()
-        self.life.kill()
-
-
-class Host:
-    """A machine with an engine and a worker on it."""
-
-    def __init__(self, world: "World", number: int) -> None:
-        self.world, self.name, self.slots = world, f"host-{number}", 1 + number
-        self.engine = Engine(world, self.name)
-        self.off_line = False
-        self.life: Life | None = None
-        self.link: Link | None = None
-
-    def start(self) -> None:
-        if self.life is None or self.life.dead:
-            self.life = Life()
-            self.life.start(self.run(self.life))
-
-    async def run(self, life: Life) -> None:
-        async def command(*args: Any, **keys: Any) -> Answer:
-            if life.dead:
-                await asyncio.Event().wait()
-            return await self.engine.command(*args, **keys)
-
-        async def end_orphans(labels: dict[str, str]) -> None:
-            self.engine.end_orphans(labels)
-
-        options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=[], allow_image=[])
-        outside = client.World(self.dial, command, end_orphans, self.world.wall, self.world.chance)
-        worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
-        try:
-            await worker.run()
-        except client.FatalError:
-            life.dead = True  # it ended by itself
-
-    @contextlib.asynccontextmanager
-    async def dial(self) -> AsyncIterator[Any]:
-        await asyncio.sleep(self.world.delay(0.05))
-        serving = self.world.server
-        if self.off_line or serving is None or not serving.ready:
-            raise OSError("refused")
-        self.link = link = serving.accept()
-        try:
-            yield link.near
-        finally:
-            if not link.silent:
-                await link.near.close()
-
-    def kill(self) -> None:
-        if self.link:
-            self.link.cut()
-        if self.life:
-            self.life.kill()
-
-
-# The world
-
-
-class World:
-    """One history."""
-
-    def __init__(self, seed: int, verbose: bool = False) -> None:
-        self.seed, self.verbose = seed, verbose
-        self.chance = random.Random(seed)
-        self.loop = VirtualLoop()
-        self.folder = Path(tempfile.mkdtemp(prefix="simulate-", dir=RAM if RAM.is_dir() else None))
-        self.counts: Counter[str] = Counter()
-        self.digest = hashlib.sha256()
-        self.offset = 0.0
-        self.disk: str | None = None
-        self.jobs = dict(JOBS)
-        self.server: PlayedServer | None = None
-        self.hosts: list[Host] = []
-        self.starts: list[Start] = []
-        self.accepted: dict[int, str] = {}
-        self.states: dict[int, str] = {}
-        self.tasks: set[asyncio.Task[Any]] = set()
-
-    def now(self) -> float:
-        return self.loop.time()
-
-    def wall(self) -> float:
-        return EPOCH + self.now() + self.offset
-
-    def moment(self, when: float) -> str:
-        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EPOCH + when + self.offset))
-
-    def delay(self, most: float) -> float:
-        return most * self.chance.random() ** 2
-
-    def count(self, what: str) -> None:
-        self.counts[what] += 1
-
-    def tell(self, text: str) -> None:
-        line = f"{self.now():8.3f} {text}"
-        self.digest.update(line.encode())
-        if self.verbose:
-            print(line)
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Have something happen that belongs to no process."""
-        task = self.loop.create_task(work, context=contextvars.Context())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
-
-    def note_states(self, store: Store) -> None:
-        """Count the transitions that a commit has made."""
-        for job in sorted(store._database.notes.jobs):
-            row = store._database.one(state.GET_STATE, job)
-            if row and self.states.get(job) != row["state"]:
-                self.count(f"{self.states.get(job, 'new')} to {row['state']}")
-                self.tell(f"job {job}: {row['state']}")
-                if self.states.get(job) in FINAL:
-                    raise Broken(f"job {job} was {self.states[job]} and is {row['state']}")
-                self.states[job] = row["state"]
-
-    def restart_server(self) -> None:
-        if self.server:
-            self.server.kill()
-        self.disk = None
-        self.server = PlayedServer(self)
+class History(World):
+    """One history: what happens in a world, and what is promised of it."""
 
     # What may happen
 
@@ -725,14 +61,11 @@ class World:
 
     def post(self, count: int = 1) -> None:
         names = [self.chance.choice(sorted(self.jobs)) for _ in range(count)]
-        jobs = [
-            state.NewJob(name, {"PLAN": json.dumps(self.plan())}, 0, self.chance.choice((0, 0, 3))) for name in names
-        ]
+        jobs = [state.NewJob(name, self.variables(name), 0, self.chance.choice((0, 0, 3))) for name in names]
         self.spawn(self.ask(self.note_accepted, state.add, jobs))
 
-    def plan(self) -> dict[str, Any]:
-        seconds = self.chance.choice((0, 0.2, 1, 3, 8))
-        return {"seconds": seconds, "code": self.chance.choice((0, 0, 0, 3)), "lines": self.chance.choice((0, 1, 6))}
+    def variables(self, name: str) -> dict[str, str] | None:
+        return {"PLAN": json.dumps(self.plan())} if JOBS[name].parameters else None
 
     def post_list(self) -> None:
         self.post(self.chance.randint(2, 6))
@@ -764,7 +97,7 @@ class World:
     def retry(self) -> None:
         def again(row: sqlite3.Row) -> None:
             if row["state"] in FINAL and row["name"] in self.jobs:
-                job = state.NewJob(row["name"], json.loads(row["environment"]))
+                job = state.NewJob(row["name"], json.loads(row["environment"] or "null"))
                 self.spawn(self.ask(self.note_accepted, state.add, [job]))
 
         self.spawn(self.ask(again, state.get, self.some_job()))
@@ -842,7 +175,7 @@ class World:
 
     async def play(self) -> None:
         self.restart_server()
-        self.hosts = [Host(self, number) for number in range(2)]
+        self.hosts = [Host(self, 0), Host(self, 1), OriginalHost(self, 2)]
         for host in self.hosts:
             host.start()
         for at in sorted(self.chance.uniform(0, STORM_SECONDS) for _ in range(FAULTS)):
@@ -898,7 +231,8 @@ class World:
     def check_starts(self, job: int, row: sqlite3.Row) -> None:
         """Promise 3: no attempt starts twice, and attempts don't overlap unless the first was given up as lost."""
         assert self.server
-        starts = [line for line in self.starts if line.job == job]
+        # What a worker of version 1 has started before it said so may run a second time.
+        starts = [line for line in self.starts if line.job == job and line.attempt]
         numbers = [line.attempt for line in starts]
         if len(numbers) > len(set(numbers)):
             raise Broken(f"promise 3: job {job} started attempts {numbers}")
@@ -912,13 +246,15 @@ class World:
 
     def check_result(self, row: sqlite3.Row) -> None:
         """Promises 4 and 5: success if and only if the container exited 0; its log is what it wrote."""
-        assert self.server
+        if (row["worker_name"] or "").startswith("version-1-"):
+            self.check_original(row)
+            return
         last = [line for line in self.starts if (line.job, line.attempt) == (row["id"], row["attempt"])]
         container = last[0].container if last else None
         if row["state"] == "success":
             if container is None or container.code != 0 or container.state == "running":
                 raise Broken(f"promise 4: job {row['id']} is a success, its container {container}")
-            pieces = logs.read_log(self.server.store._database, row["id"], row["attempt"], 0)
+            pieces = self.log_of(row)
             if b"".join(data for _start, data in pieces) != bytes(container.output):
                 raise Broken(f"promise 5: the log of job {row['id']} is {pieces}, not {container.output!r}")
             self.count("checked: promises 4 and 5 of a success")
@@ -928,6 +264,20 @@ class World:
             if row["exit_code"] not in (container.code, None):
                 raise Broken(f"promise 4: job {row['id']} has exit code {row['exit_code']}, not {container.code}")
             self.count("checked: promise 4 of a failure")
+
+    def log_of(self, row: sqlite3.Row) -> list[tuple[int, bytes]]:
+        assert self.server
+        return list(logs.read_log(self.server.store._database, row["id"], row["attempt"], 0))
+
+    def check_original(self, row: sqlite3.Row) -> None:
+        """Promise 4 of what a worker of version 1 said, which knows of no attempts."""
+        codes = [
+            line.container.code for line in self.starts if line.job == row["id"] and line.container.state == "exited"
+        ]
+        expected = {"success": lambda code: code == 0, "exit": bool}.get(row["reason"] or row["state"])
+        if expected and not any(map(expected, codes)):
+            raise Broken(f"promise 4: job {row['id']} is a {row['state']}, its containers exited {codes}")
+        self.count(f"checked: promise 4 of version 1, {row['reason'] or row['state']}")
 
     def close(self) -> None:
         if self.server:
@@ -952,7 +302,7 @@ class Outcome:
 
 def play(seed: int, verbose: bool = False) -> Outcome:
     """Play one history; what was broken, if anything."""
-    world = World(seed, verbose)
+    world = History(seed, verbose)
     asyncio.set_event_loop(world.loop)
     broken = ""
     try:
@@ -973,6 +323,7 @@ def set_up() -> None:
     server.TICK_SECONDS = 2.5
     client.LOG_FLUSH_SECONDS = 2.0  # type: ignore[attr-defined]
     logging.disable(logging.CRITICAL)
+    gc.freeze()  # what is there from the start is not looked through again
 
 
 def outcomes(options: argparse.Namespace) -> Iterator[Outcome]:

@@ -97,7 +97,8 @@ class JobConfig:
     def to_wire(self) -> dict[str, Any]:
         """Give the entry of a version 2 JobConfigs: version 1's keys in their order, then the others that are set."""
         first = {"command": self.command, "image": self.image, "name": self.name}
-        return first | {key: value for key, value in asdict(self).items() if value != _UNSET[key]}
+        parameters = {name: asdict(each) for name, each in self.parameters.items()}
+        return first | self._set_keys() | ({"parameters": parameters} if parameters else {})
 
     def to_wire_1(self) -> dict[str, Any]:
         """Give the entry of a version 1 JobConfigs, whose command is one string."""
@@ -108,7 +109,10 @@ class JobConfig:
     def needs_version_2(self) -> bool:
         """Whether its worker must know more of it than name, image and one command string."""
         many_words = isinstance(self.command, tuple) and len(self.command) > 1
-        return many_words or not self.to_wire().keys() <= _VERSION_1_KEYS
+        return many_words or not self._set_keys().keys() <= _VERSION_1_KEYS
+
+    def _set_keys(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if value != _UNSET[key]}
 
 
 class Configs:
@@ -144,7 +148,7 @@ class Configs:
         return delay * self._chance.uniform(0.75, 1.25)
 
 
-_UNSET = asdict(JobConfig(name="", image=""))
+_UNSET = vars(JobConfig(name="", image=""))
 _VERSION_1_KEYS = {"command", "image", "name", "retries", "retry_delay", "concurrency", "priority"}
 
 

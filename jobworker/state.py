@@ -93,7 +93,7 @@ CREATE TABLE worker (
     address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL
 ) STRICT;
 CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
-CREATE TABLE server (id TEXT NOT NULL) STRICT;
+CREATE TABLE server (id TEXT NOT NULL, clock REAL NOT NULL DEFAULT 0) STRICT;
 """
 
 # From each schema version to the next. 1 knew a worker of the original's protocol by its name alone, and of a request
@@ -118,6 +118,7 @@ DROP INDEX job_idempotency_key;
 CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
 ALTER TABLE job DROP COLUMN idempotency_key;
 ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE server ADD COLUMN clock REAL NOT NULL DEFAULT 0;
 """,
 }
 
@@ -169,8 +170,8 @@ KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finishe
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
     LEFT JOIN worker ON worker.id = attempt.worker WHERE job = ? ORDER BY attempt"""
 SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'running'"
-LATEST_MADE = "SELECT created_at FROM job WHERE id > 0 ORDER BY id DESC LIMIT 1"
-LATEST_ENDED = "SELECT finished_at FROM job WHERE finished_at IS NOT NULL ORDER BY finished_at DESC LIMIT 1"
+GET_CLOCK = "SELECT clock FROM server"  # at least that of the latest delay
+SET_CLOCK = "UPDATE server SET clock = ?"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 QUEUED_NAMES = """WITH RECURSIVE queued (name) AS (
     SELECT min(name) FROM job INDEXED BY job_queued WHERE state = 'queued'
@@ -427,6 +428,8 @@ def add(
         environment = json.dumps(variables, ensure_ascii=False) if variables else None
         rows.append((id_, name, priority, environment, now + delay if delay > 0 else None, now))
     db.connection.executemany(INSERT_JOB, rows)
+    if any(job.delay > 0 for job in jobs):
+        db.execute(SET_CLOCK, (now,))
     if key:
         db.execute(INSERT_REQUEST, (*key, first, len(jobs)))
     db.notes.last_id += len(jobs)
@@ -447,9 +450,10 @@ def find_request(db: Database, key: Key) -> list[int] | Refusal | None:
     return list(range(first, first + count))
 
 
-def shift_delays(db: Database, seconds: float) -> None:
-    """Move the times that delayed jobs wait for, as the clock was set: a delay is a duration."""
+def shift_delays(db: Database, seconds: float, now: float) -> None:
+    """Move the times that delayed jobs wait for, as the clock was set to `now`: a delay is a duration."""
     db.execute(SHIFT_DELAYS, (seconds,))
+    db.execute(SET_CLOCK, (now,))
 
 
 def end_gone(db: Database, names: frozenset[str], now: float, limit: int) -> int:
@@ -553,6 +557,7 @@ def _end_attempt(
         _move(db, FINISH, event, "running", row["id"], **values)
         return
     db.execute(KEEP_ATTEMPT, {"id": row["id"], "now": now, "exit_code": exit_code, "reason": reason})
+    db.execute(SET_CLOCK, (now,))
     _requeue(db, row, "retry", row["failures"] + 1, now + delay)
 
 
@@ -569,9 +574,9 @@ def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
 
     now: seconds since the epoch. Where the clock was set back meanwhile, what is delayed is as many seconds earlier.
     """
-    latest = max(row[0] if (row := db.one(sql)) else 0 for sql in (LATEST_MADE, LATEST_ENDED))
-    if latest > now:
-        shift_delays(db, now - latest)
+    (clock,) = db.one(GET_CLOCK)
+    if clock > now:
+        shift_delays(db, now - clock, now)
     db.execute(DISCONNECT_ALL)
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 

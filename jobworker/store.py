@@ -259,7 +259,7 @@ def _create(connection: sqlite3.Connection, server_id: str) -> None:
     if connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
         raise sqlite3.DatabaseError("it is not a database of jobworker")
     _execute_all(connection, SCHEMA)
-    connection.execute("INSERT INTO server VALUES (?)", (server_id,))
+    connection.execute("INSERT INTO server (id) VALUES (?)", (server_id,))
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
 

@@ -206,8 +206,10 @@ class TestClock:
     class Clocks:
         def __init__(self) -> None:
             self.now, self.steady_now = 1_000_000.0, 5.0
-            self.jumps: list[float] = []
-            self.watched = WatchedClock(self.jumps.append, lambda: self.now, lambda: self.steady_now)
+            self.jumps: list[tuple[float, float]] = []
+            self.watched = WatchedClock(
+                lambda jump, now: self.jumps.append((jump, now)), lambda: self.now, lambda: self.steady_now
+            )
 
         def passes(self, seconds: float) -> None:
             self.now += seconds
@@ -219,10 +221,10 @@ class TestClock:
         clocks.passes(10)
         assert (clocks.watched(), clocks.jumps) == (1_000_010.0, [])
         clocks.now += jump
-        assert (clocks.watched(), clocks.jumps) == (1_000_010.0 + jump, [jump])
+        assert (clocks.watched(), clocks.jumps) == (1_000_010.0 + jump, [(jump, 1_000_010.0 + jump)])
         clocks.passes(10)
         clocks.watched()
-        assert clocks.jumps == [jump]
+        assert len(clocks.jumps) == 1
 
     def test_nothing_is_pruned_for_a_while(self) -> None:
         clocks = self.Clocks()
@@ -244,7 +246,7 @@ class TestClock:
     def test_a_delay_goes_on_as_long_as_it_was_to_be(self) -> None:
         store = Store(":memory:")
         store.do(state.add, [state.NewJob("a", delay=3), state.NewJob("b")], 5_000.0)
-        store.do(state.shift_delays, -3600.0)
+        store.do(state.shift_delays, -3600.0, 1_400.0)
         store.commit_waiting()
         row = store._database.one(state.GET_JOB, 1)
         assert row["not_before"] == 5_000.0 + 3 - 3600
@@ -253,6 +255,18 @@ class TestClock:
     def test_a_clock_set_back_while_the_server_was_down_makes_no_delay_longer(self) -> None:
         store = Store(":memory:")
         store.do(state.add, [state.NewJob("a", delay=3)], 5_000.0)
+        store.do(state.resume, 1_400.0)
+        store.commit_waiting()
+        assert store._database.one(state.GET_JOB, 1)["not_before"] == 1_403.0
+        store.do(state.resume, 1_401.0)  # killed, and started again
+        store.commit_waiting()
+        assert store._database.one(state.GET_JOB, 1)["not_before"] == 1_403.0
+        store.close()
+
+    def test_nor_does_one_set_ahead_while_it_was_up_and_back_while_it_was_down(self) -> None:
+        store = Store(":memory:")
+        store.do(state.add, [state.NewJob("a", delay=3)], 1_400.0)
+        store.do(state.shift_delays, 3600.0, 5_000.0)
         store.do(state.resume, 1_400.0)
         store.commit_waiting()
         assert store._database.one(state.GET_JOB, 1)["not_before"] == 1_403.0

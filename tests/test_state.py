@@ -389,7 +389,7 @@ class StoreHistories(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([-3600.0, 3600.0]))
     def the_clock_is_seen_to_jump(self, seconds: float) -> None:
         self.now += seconds
-        self.do(state_module.shift_delays, seconds)
+        self.do(state_module.shift_delays, seconds, self.now)
         for job in self.jobs.values():
             if job.not_before is not None:
                 job.not_before += seconds
