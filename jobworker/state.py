@@ -1,4 +1,4 @@
-"""Every job's state: schema, transitions, every SQL statement and the functions that run them.
+"""Every job's state: transitions, SQL statements and the functions that run them; the tables are in schema.py.
 
 It must not know of HTTP, WebSockets, jobs.yaml or threads, and never asks for the time: it is given it.
 
@@ -41,86 +41,7 @@ FREE_PAGES_LIMIT = 1_000
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
 HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
-SCHEMA_VERSION = 2
-APPLICATION_ID = 0x6A6F6277
 MAX_JOB_ID = 2**31 - 1
-
-SCHEMA = """
-CREATE TABLE job (
-    id              INTEGER PRIMARY KEY AUTOINCREMENT CHECK (id <= 2147483647),
-    name            TEXT    NOT NULL,
-    state           TEXT    NOT NULL,
-    attempt         INTEGER NOT NULL DEFAULT 0,
-    failures        INTEGER NOT NULL DEFAULT 0,
-    cancelling      INTEGER NOT NULL DEFAULT 0,
-    priority        INTEGER NOT NULL DEFAULT 0,
-    worker          INTEGER,
-    exit_code       INTEGER,
-    reason          TEXT,
-    environment     TEXT,
-    not_before      REAL,
-    created_at      REAL    NOT NULL,
-    started_at      REAL,
-    finished_at     REAL,
-    log_bytes       INTEGER NOT NULL DEFAULT 0,
-    reading         INTEGER NOT NULL DEFAULT 0
-) STRICT;
-CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
-CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
-CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
-CREATE INDEX job_state ON job (state, id);
-CREATE INDEX job_name ON job (name, id);
-CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
-
-CREATE TABLE request (
-    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX request_first ON request (first);
-
-CREATE TABLE attempt (
-    job INTEGER NOT NULL, attempt INTEGER NOT NULL, worker INTEGER, started_at REAL, finished_at REAL,
-    exit_code INTEGER, reason TEXT, log_bytes INTEGER NOT NULL, PRIMARY KEY (job, attempt)
-) STRICT, WITHOUT ROWID;
-
-CREATE TABLE log (
-    job INTEGER NOT NULL, attempt INTEGER NOT NULL, byte_offset INTEGER NOT NULL, data BLOB NOT NULL,
-    PRIMARY KEY (job, attempt, byte_offset)
-) STRICT, WITHOUT ROWID;
-
-CREATE TABLE worker (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, expected INTEGER NOT NULL DEFAULT 1,
-    protocol INTEGER NOT NULL DEFAULT 2, slots INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]',
-    address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL
-) STRICT;
-CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
-CREATE TABLE server (id TEXT NOT NULL, clock REAL NOT NULL DEFAULT 0) STRICT;
-"""
-
-# From each schema version to the next. 1 knew a worker of the original's protocol by its name alone, and of a request
-# with an idempotency key only the job.
-MIGRATIONS = {
-    1: """
-ALTER TABLE worker ADD COLUMN protocol INTEGER NOT NULL DEFAULT 2;
-ALTER TABLE worker ADD COLUMN slots INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE worker ADD COLUMN tags TEXT NOT NULL DEFAULT '[]';
-ALTER TABLE worker ADD COLUMN address TEXT;
-ALTER TABLE worker ADD COLUMN version TEXT;
-ALTER TABLE worker ADD COLUMN connected INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE worker ADD COLUMN connected_at REAL;
-UPDATE worker SET protocol = 1 WHERE name GLOB 'version-1-????????';
-CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
-CREATE TABLE request (
-    key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE INDEX request_first ON request (first);
-INSERT INTO request SELECT idempotency_key, NULL, id, 1 FROM job WHERE idempotency_key IS NOT NULL;
-DROP INDEX job_idempotency_key;
-CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
-ALTER TABLE job DROP COLUMN idempotency_key;
-ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE server ADD COLUMN clock REAL NOT NULL DEFAULT 0;
-""",
-}
 
 _JOB = "SELECT job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
 _READY = "state = 'queued' AND not_before IS NULL"

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jobworker.backup import copy_of
-from jobworker.state import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION, Database, Notes, Order
+from jobworker.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION
+from jobworker.state import Database, Notes, Order
 
 GROUP_LIMIT = 1_000
 

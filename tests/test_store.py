@@ -13,6 +13,7 @@ import pytest
 from jobworker import logs
 from jobworker import state as state_module
 from jobworker import store as store_module
+from jobworker.schema import SCHEMA_VERSION
 from jobworker.state import NewJob
 from jobworker.store import Store
 from tests.stage import ROOT
@@ -79,13 +80,13 @@ class TestMigration:
     def test_it_is_migrated_once(self, store: Store, tmp_path: Path) -> None:
         store.close()
         with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
-            assert connection.execute("PRAGMA user_version").fetchone() == (state_module.SCHEMA_VERSION,)
+            assert connection.execute("PRAGMA user_version").fetchone() == (SCHEMA_VERSION,)
         with contextlib.closing(Store(str(tmp_path / "jobs.db")).start()) as again:
             assert again.server_id == store.server_id
 
     def test_a_database_of_a_later_release_is_refused(self, tmp_path: Path) -> None:
         with contextlib.closing(sqlite3.connect(tmp_path / "jobs.db")) as connection:
-            connection.execute(f"PRAGMA user_version = {state_module.SCHEMA_VERSION + 1}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
         with pytest.raises(store_module.StoreError, match="schema version"):
             Store(str(tmp_path / "jobs.db"))
 
