@@ -24,6 +24,7 @@ from tests import docker_stand_in
 
 ROOT = Path(__file__).resolve().parent.parent
 FINAL = {"success", "failure", "cancelled"}
+AT_ONCE_SECONDS = 5  # far below what a place, a head or a body may take, and enough for a busy machine
 
 
 JOBS = """

@@ -351,27 +351,27 @@ class TestJobsYamlErrors:
     def test_a_file_that_is_no_list_of_jobs_is_one_error_at_once(
         self, text: str | bytes, place: str, words: str, tmp_path: Path
     ) -> None:
-        start = time.monotonic()
+        start = time.process_time()
         (error,) = errors_of(text, tmp_path)
         assert error.startswith(f"jobs.yaml:{place}: ")
         assert words in error
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
     @pytest.mark.parametrize("opening", ["[", "- ", "{a: "])
     def test_a_bomb_of_depth_is_one_error_at_once(self, opening: str, tmp_path: Path) -> None:
-        start = time.monotonic()
+        start = time.process_time()
         (error,) = errors_of(opening * 100_000, tmp_path)
         assert "nest" in error  # from 1,000 on, libyaml may say so first
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
     @pytest.mark.parametrize("nested", ["{}: &{} [{}]\n", "- &{1} {{<<: [{2}]}}\n", "- {{command: &{1} [{2}]}}\n"])
     def test_a_bomb_of_aliases_is_one_error_at_once(self, nested: str, tmp_path: Path) -> None:
         first = nested.format("a", "a", "x")
         text = "".join(nested.format(y, y, ",".join([f"*{x}"] * 9)) for x, y in pairwise("abcdefghijk"))
-        start = time.monotonic()
+        start = time.process_time()
         (error,) = errors_of(first + text, tmp_path)
         assert "anchors and aliases (&name, *name) are not supported" in error
-        assert time.monotonic() - start < 0.5
+        assert time.process_time() - start < 0.5
 
     def test_a_file_that_cannot_be_read_says_why(self, tmp_path: Path) -> None:
         for path, reason in [(tmp_path / "none.yaml", "No such file or directory"), (tmp_path, "Is a directory")]:

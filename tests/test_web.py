@@ -23,6 +23,7 @@ from tests.peers import (
     statuses_of,
 )
 from tests.stage import (
+    AT_ONCE_SECONDS,
     JOBS,
     Server,
     Stage,
@@ -206,7 +207,7 @@ class TestFramingAttacks:
                     peer.sendall(b"GET /api/workers HTTP/1.1\r\nX: ")
             start = time.monotonic()
             assert idle.get("/api/workers") == []
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < AT_ONCE_SECONDS
 
     def test_idle_keep_alive_connections_leave_room_for_a_new_one(self, idle: Server) -> None:
         with contextlib.ExitStack() as stack:
@@ -217,7 +218,7 @@ class TestFramingAttacks:
                     assert peer.recv(12) == b"HTTP/1.1 200"
             start = time.monotonic()
             assert idle.get("/api/workers") == []
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < AT_ONCE_SECONDS
 
     def test_slow_bodies_leave_room_for_a_quick_request(self, idle: Server) -> None:
         with contextlib.ExitStack() as stack:
@@ -227,7 +228,7 @@ class TestFramingAttacks:
                     peer.sendall(head(POST, b"Content-Length: 10") + b"{")
             start = time.monotonic()
             assert idle.get("/api/workers") == []
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < AT_ONCE_SECONDS
 
     def test_silent_connections_leave_room_for_a_quick_request(self, idle: Server) -> None:
         with contextlib.ExitStack() as stack:
@@ -235,7 +236,7 @@ class TestFramingAttacks:
                 stack.enter_context(socket.create_connection(("127.0.0.1", idle.port)))
             start = time.monotonic()
             assert idle.get("/api/workers") == []
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < AT_ONCE_SECONDS
 
     def test_a_reset_connection_leaves_no_trace(self, idle: Server) -> None:
         for data in (b"", b"GET", head(b"GET /api/jobs"), head(POST, b"Content-Length: 9")):
@@ -252,7 +253,7 @@ class TestFramingAttacks:
                     peer.sendall(head(POST, b"Content-Length: 10") + b"{")
             start = time.monotonic()
             assert idle.get("/api/workers") == []
-            assert time.monotonic() - start < 2
+            assert time.monotonic() - start < AT_ONCE_SECONDS
 
 
 BODY = b'{"environment": {"COLOUR": "red"}, "priority": 5, "delay": 0.5}'
