@@ -40,6 +40,7 @@ import protocol
 from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
+from jobworker.due import Scheduled, Scheduler
 from jobworker.options import (
     OptionError,
     command_line,
@@ -49,7 +50,7 @@ from jobworker.options import (
     setting,
     start_logging,
 )
-from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, Order, RetryDelay
+from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, NewJob, Order, Rules
 from jobworker.store import Commit, Store, StoreError
 from jobworker.web import Access, HttpServer, RunnerListener
 from protocol import (
@@ -153,7 +154,7 @@ class GracePeriod(NamedTuple):
 
 
 def record_reports(
-    db: Database, worker: int, messages: list[protocol.FromWorker], now: float, retry: RetryDelay
+    db: Database, worker: int, messages: list[protocol.FromWorker], now: float, rules: Rules
 ) -> list[protocol.FromServer]:
     """Write what a worker's frame says; give the answers. A stale message changes nothing and is answered Settled."""
     replies: list[protocol.FromServer] = []
@@ -170,10 +171,10 @@ def record_reports(
                 else:
                     replies.append(Settled(job, attempt))
             case JobSuccess(job, attempt):
-                state.succeed(db, worker, job, attempt, now)
+                state.succeed(db, worker, job, attempt, now, rules)
                 replies.append(Settled(job, attempt))
             case JobFailure(job, attempt, exit_code, reason):
-                state.fail(db, worker, job, attempt, exit_code, reason, now, retry)
+                state.fail(db, worker, job, attempt, exit_code, reason, now, rules)
                 replies.append(Settled(job, attempt))
     return replies
 
@@ -263,7 +264,7 @@ class Dispatcher:
             if away.name == worker.name:  # its grace must not end while it is being attached
                 self._start_grace(id_, away.name, self.grace)
         with self._without_offers_of(worker.name):
-            attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs.retry_delay)
+            attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs)
             worker.id, wanted = await asyncio.wrap_future(attaching)
         self._take_over(worker, wanted)
 
@@ -328,7 +329,7 @@ class Dispatcher:
             self._answer(worker, replies)
 
         self._unstored_bytes += size
-        self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs.retry_delay)
+        self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs)
         # The claim that fills the slot goes into the same transaction as the result that frees it.
         ended = [message for message in messages if isinstance(message, JobSuccess | JobFailure)]
         if ended:
@@ -406,7 +407,7 @@ class Dispatcher:
                     if worker_id not in self.workers:
                         self.away.setdefault(worker_id, away)
 
-            self.store.do_then(lost, state.lose, worker_id, self._clock(), self.configs.retry_delay)
+            self.store.do_then(lost, state.lose, worker_id, self._clock(), self.configs)
 
     def dispatch(self) -> None:
         """Have free slots filled; one claim is under way at a time."""
@@ -530,6 +531,7 @@ class Core:
         self.clock = WatchedClock(self._on_jump, outside.clock, outside.steady)
         self.dispatcher = Dispatcher(store, configs, options.grace, self.clock, outside.chance, outside.write)
         self._keep: float = options.keep
+        self._scheduler = Scheduler(store, self.clock)
 
     def _on_jump(self, seconds: float, now: float) -> None:
         log.warning("the clock was set %s by %.0f s", "ahead" if seconds > 0 else "back", abs(seconds))
@@ -540,6 +542,7 @@ class Core:
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self.clock())))
         await asyncio.wrap_future(self.store.do(state.tick, self.clock()))
         self.end_gone()
+        self.adopt_schedules()
 
     def on_commit(self, commit: Commit) -> None:
         """Call back who waits for a commit, pass on its orders, and have what it made ready claimed."""
@@ -574,8 +577,19 @@ class Core:
             self.store.do(state.probe)
         else:
             self.store.do(state.make_due, self.clock())
+        self._scheduler.tick()
         self.dispatcher.tick()
         self.store.do(state.tick, self.clock())
+
+    def adopt_schedules(self) -> None:
+        """Go by the schedules of the jobs.yaml in force; those that have not changed go on where they were."""
+        configs = self.dispatcher.configs
+        self._scheduler.adopt(
+            {
+                name: Scheduled(schedule, NewJob(*configs.unasked(name)), configs.limits.get(name, 1))
+                for name, schedule in configs.schedules.items()
+            }
+        )
 
     def end_gone(self) -> None:
         """End what is queued under names that jobs.yaml has no more."""
@@ -593,7 +607,8 @@ class Core:
                 self._prune()
 
         if self._keep and not self.clock.was_set_lately():
-            self.store.do_then(pruned, state.prune, self.clock() - self._keep, PRUNE_JOBS)
+            names = frozenset(self.dispatcher.configs.by_name)
+            self.store.do_then(pruned, state.prune, self.clock() - self._keep, names, PRUNE_JOBS)
 
 
 class Server:
@@ -673,6 +688,7 @@ class Server:
         self.core.dispatcher.reload(configs, frames)
         self.api.configs = configs
         self.core.end_gone()
+        self.core.adopt_schedules()
         log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
 
 

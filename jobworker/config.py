@@ -12,12 +12,14 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from jobworker.pattern import TooLong, compiled
+from jobworker.schedule import Schedule
 
 CONFIG_LIMIT_BYTES = 1024 * 1024
 TEXT_LIMIT_BYTES = 32 * 1024  # of one value, and of all that a POST sets; docker reads lines of less than 64 KiB
@@ -93,6 +95,10 @@ class JobConfig:
     tags: tuple[str, ...] = ()
     priority: int = 0
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    schedule: tuple[str, ...] = ()
+    timezone: str = "UTC"
+    on_failure: str | None = None
+    on_success: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """Give the entry of a version 2 JobConfigs: version 1's keys in their order, then the others that are set."""
@@ -112,7 +118,7 @@ class JobConfig:
         return many_words or not self._set_keys().keys() <= _VERSION_1_KEYS
 
     def _set_keys(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if value != _UNSET[key]}
+        return {key: value for key, value in vars(self).items() if value != _UNSET[key] and key not in _SERVER_KEYS}
 
 
 class Configs:
@@ -121,6 +127,10 @@ class Configs:
     def __init__(self, jobs: Iterable[JobConfig], chance: random.Random | None = None) -> None:
         self.by_name = {job.name: job for job in jobs}
         self.limits = {job.name: job.concurrency for job in self.by_name.values() if job.concurrency}
+        self.schedules = {
+            job.name: Schedule.parse(job.schedule, job.timezone) for job in self.by_name.values() if job.schedule
+        }
+        self._follow_ups = {name for job in self.by_name.values() for name in (job.on_failure, job.on_success) if name}
         self._chance = chance or random.Random()
         self._names: dict[tuple[tuple[str, ...], int], frozenset[str]] = {}
 
@@ -128,14 +138,17 @@ class Configs:
         """Give what a worker that speaks this version of the protocol is told."""
         if version > 1:
             return tuple(job.to_wire() for job in self.by_name.values())
-        return tuple(job.to_wire_1() for job in self.by_name.values() if not job.needs_version_2)
+        return tuple(job.to_wire_1() for job in self.by_name.values() if self._suits_version_1(job))
+
+    def _suits_version_1(self, job: JobConfig) -> bool:
+        return not job.needs_version_2 and job.name not in self._follow_ups  # these are told of their cause
 
     def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
         """Give the names of the jobs that a worker with these tags may take that speaks this version."""
         if (tags, version) not in self._names:
             if len(self._names) >= NAMES_LIMIT:
                 self._names.clear()  # tags are what workers say
-            jobs = [job for job in self.by_name.values() if version > 1 or not job.needs_version_2]
+            jobs = [job for job in self.by_name.values() if version > 1 or self._suits_version_1(job)]
             self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
         return self._names[tags, version]
 
@@ -147,8 +160,20 @@ class Configs:
         delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), MAX_RETRY_DELAY_SECONDS)
         return delay * self._chance.uniform(0.75, 1.25)
 
+    def follow_up(self, name: str, final_state: str) -> tuple[str, dict[str, str], int] | None:
+        """Give what is queued where a job of this name has ended so: a name, its variables and its priority."""
+        job = self.by_name.get(name)
+        follower = job and {"failure": job.on_failure, "success": job.on_success}.get(final_state)
+        return self.unasked(follower) if follower else None
+
+    def unasked(self, name: str) -> tuple[str, dict[str, str], int]:
+        """Give name, variables and priority of a job that nobody has sent parameters for."""
+        config = self.by_name[name]
+        return name, check_parameters(config, {}), config.priority
+
 
 _UNSET = vars(JobConfig(name="", image=""))
+_SERVER_KEYS = {"schedule", "timezone", "on_failure", "on_success"}  # no worker is told
 _VERSION_1_KEYS = {"command", "image", "name", "retries", "retry_delay", "concurrency", "priority"}
 
 
@@ -158,8 +183,10 @@ def load_jobs(path: str | Path) -> tuple[JobConfig, ...]:
         root, refused = _parse(_file_text(Path(path)))
         if not (isinstance(root, yaml.SequenceNode) or refused):
             raise _unexpected(root, 'a list of jobs, each with "- name: ..." and "image: ..."')
-        jobs = root.value if isinstance(root, yaml.SequenceNode) else []
-        return tuple(_each(jobs, _job, [*refused, *_repeated_names(jobs)]))
+        nodes = root.value if isinstance(root, yaml.SequenceNode) else []
+        jobs = tuple(_each(nodes, _job, [*refused, *_repeated_names(nodes)]))
+        _each(zip(nodes, jobs, strict=True), partial(_check_follow_ups, {job.name: job for job in jobs}))
+        return jobs
     except ConfigError as error:
         error.path = str(path)
         raise
@@ -435,7 +462,71 @@ def _parameter(node: yaml.Node) -> Parameter:
 
 
 def _job(node: yaml.Node) -> JobConfig:
-    return JobConfig(**_JOB(node))
+    job = JobConfig(**_JOB(node))
+    if job.schedule:
+        if asked := _asked_for(job):
+            detail = f"schedule: nobody sets {asked[0]}, which is required: give it a default"
+            raise _error(_key(node, "schedule"), detail)
+    elif job.timezone != "UTC":
+        raise _error(_key(node, "timezone"), "timezone: says when a schedule is due, and there is none")
+    return job
+
+
+def _asked_for(job: JobConfig) -> list[str]:
+    return [name for name, parameter in job.parameters.items() if parameter.required]
+
+
+def _key(job: yaml.Node, name: str) -> Any:
+    return next(key for key, _value in job.value if key.value == name)
+
+
+def _check_follow_ups(jobs: Mapping[str, JobConfig], pair: tuple[yaml.Node, JobConfig]) -> None:
+    """See that what follows a job is there, can run without parameters, and never leads back to it."""
+    node, job = pair
+    for key in ("on_failure", "on_success"):
+        name = getattr(job, key)
+        if name is None:
+            continue
+        place = _key(node, key)
+        if name not in jobs:
+            near = difflib.get_close_matches(name, jobs, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise _error(place, f"{key}: there is no job named {_show(name)} in this file{hint}")
+        if asked := _asked_for(jobs[name]):
+            raise _error(place, f"{key}: {name} requires {asked[0]}, which nobody sets: give it a default")
+        if chain := _chain_back(jobs, job.name, name):
+            raise _error(place, f"{key}: leads back to this job, for ever: {' -> '.join(chain)}")
+
+
+def _chain_back(jobs: Mapping[str, JobConfig], goal: str, first: str) -> list[str]:
+    """Give the names of follow-ups from one back to the goal; none where they end elsewhere."""
+    chains, seen = [[goal, first]], {first}
+    for chain in chains:
+        if chain[-1] == goal:
+            return chain
+        job = jobs.get(chain[-1])
+        for name in (job.on_failure, job.on_success) if job else ():
+            if name and (name not in seen or name == goal):
+                seen.add(name)
+                chains.append([*chain, name])
+    return []
+
+
+def _schedule(node: yaml.Node) -> tuple[str, ...]:
+    texts = _SCHEDULES(node) if isinstance(node, yaml.SequenceNode) else (_DUE(node),)
+    if not texts:
+        raise _unexpected(node, "when it is due, such as 30 2 * * * or @daily")
+    return tuple(texts)
+
+
+def _checked_schedule(text: str) -> str:
+    Schedule.parse((text,))
+    return text
+
+
+def _checked_timezone(name: str) -> str:
+    Schedule.parse(("@daily",), name)
+    return name
 
 
 def _repeated_names(jobs: list[yaml.Node]) -> list[ConfigError]:
@@ -496,10 +587,13 @@ _VARIABLES = _map(_VARIABLE, lambda _: _value)
 _LABEL = _scalar("a label's name, not jobworker...", r"(?!jobworker\.)[!-<>-~]+")
 _LABELS = _map(_LABEL, lambda _: lambda node: _value(node) or "")
 _PATTERN = _scalar("a regular expression", ".+", lambda text: compiled(text).expression)
+_DUE = _scalar("when it is due, such as 30 2 * * * or @daily", ".+", _checked_schedule)
+_SCHEDULES = _list("times such as 30 2 * * *", _DUE)
+_NAME = _scalar("1 to 128 characters, no / or control character", r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f]{1,128}")
 _PARAMETER_KEYS: dict[str, Reader] = {"required": _BOOLEAN, "default": _value, "pattern": _PATTERN}
 _PARAMETER = _map(_one_of(_PARAMETER_KEYS), _PARAMETER_KEYS.__getitem__)
 JOB_KEYS: dict[str, Reader] = {
-    "name": _scalar("1 to 128 characters, no / or control character", r"(?!\.\.?$)[^/\x00-\x1f\x7f-\x9f]{1,128}"),
+    "name": _NAME,
     "image": _scalar("an image such as busybox:1.36 or host.example:5000/team/app", _IMAGE),
     "command": lambda node: None if (words := _words(node)) == () else words,
     "entrypoint": _words,
@@ -525,5 +619,9 @@ JOB_KEYS: dict[str, Reader] = {
     "tags": _list("tags", _scalar("a tag without spaces and commas", r"[^\s,\x00-\x1f\x7f]{1,128}")),
     "priority": _whole(-(2**31), 2**31 - 1),
     "parameters": _map(_VARIABLE, lambda _: _parameter),
+    "schedule": _schedule,
+    "timezone": _scalar("a time zone such as Europe/Berlin", ".+", _checked_timezone),
+    "on_failure": _NAME,
+    "on_success": _NAME,
 }
 _JOB = _map(_one_of(JOB_KEYS), JOB_KEYS.__getitem__, needed=("name", "image"))

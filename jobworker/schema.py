@@ -21,7 +21,10 @@ CREATE TABLE job (
     started_at      REAL,
     finished_at     REAL,
     log_bytes       INTEGER NOT NULL DEFAULT 0,
-    reading         INTEGER NOT NULL DEFAULT 0
+    reading         INTEGER NOT NULL DEFAULT 0,
+    cause           INTEGER,
+    due_at          REAL,
+    variables       TEXT
 ) STRICT;
 CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
 CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
@@ -29,6 +32,9 @@ CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX job_state ON job (state, id);
 CREATE INDEX job_name ON job (name, id);
 CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
+CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
+CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
+CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 
 CREATE TABLE request (
     key TEXT PRIMARY KEY, content TEXT, first INTEGER NOT NULL, jobs INTEGER NOT NULL
@@ -51,6 +57,10 @@ CREATE TABLE worker (
     address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL
 ) STRICT;
 CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
+CREATE TABLE schedule (
+    name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,
+    missed INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
 CREATE TABLE server (id TEXT NOT NULL, clock REAL NOT NULL DEFAULT 0) STRICT;
 """
 
@@ -76,6 +86,16 @@ DROP INDEX job_idempotency_key;
 CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
 ALTER TABLE job DROP COLUMN idempotency_key;
 ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE job ADD COLUMN cause INTEGER;
+ALTER TABLE job ADD COLUMN due_at REAL;
+ALTER TABLE job ADD COLUMN variables TEXT;
+CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
+CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
+CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
+CREATE TABLE schedule (
+    name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,
+    missed INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0
+) STRICT, WITHOUT ROWID;
 ALTER TABLE server ADD COLUMN clock REAL NOT NULL DEFAULT 0;
 """,
 }

@@ -14,12 +14,13 @@ import random
 import sqlite3
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from heapq import heappop, heappush
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
@@ -50,8 +51,9 @@ _GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from
 
 GET_JOB = f"{_JOB} WHERE job.id = ?"
 GET_STATE = "SELECT id, name, attempt, failures, cancelling, worker, state FROM job WHERE id = ?"
-INSERT_JOB = """INSERT INTO job (id, name, state, priority, environment, not_before, created_at)
-    VALUES (?, ?, 'queued', ?, ?, ?, ?)"""
+INSERT_JOB = """INSERT INTO job
+    (id, name, state, priority, environment, not_before, created_at, cause, due_at, variables)
+    VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?)"""
 FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
 INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
@@ -63,7 +65,7 @@ READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
     SELECT (SELECT min(name) FROM job INDEXED BY job_ready WHERE {_READY} AND name > ready.name)
         FROM ready WHERE name IS NOT NULL)
     SELECT name FROM ready WHERE name IS NOT NULL"""
-READY_JOBS = f"""SELECT id, priority, name, attempt, environment FROM job INDEXED BY job_ready
+READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_ready
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes, reading FROM job
@@ -115,13 +117,22 @@ DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
 COUNT_FREE_PAGES = "PRAGMA freelist_count"
 FREE_PAGE = "PRAGMA incremental_vacuum(1)"
+NEWEST_JOB = "SELECT max(id) FROM job WHERE name = ?"
+NEWEST_SUCCESS = "SELECT max(id) FROM job INDEXED BY job_success WHERE state = 'success' AND name = ?"
 OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
 OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"
 COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
 
-RetryDelay = Callable[[str, int], float | None]
+
+class Rules(Protocol):
+    """What jobs.yaml asks for when an attempt ends; a Configs is one."""
+
+    def retry_delay(self, name: str, failures: int) -> float | None: ...
+
+    def follow_up(self, name: str, final_state: str) -> tuple[str, dict[str, str], int] | None:
+        """Give the name, variables and priority of the job that follows one that has ended so."""
 
 
 class Refusal(NamedTuple):
@@ -132,10 +143,15 @@ class Refusal(NamedTuple):
 
 
 class NewJob(NamedTuple):
+    """A job to be queued. cause: the job that it follows; variables: what it is told of that one."""
+
     name: str
     environment: dict[str, str] | None = None
     priority: int = 0
     delay: float = 0
+    cause: int | None = None
+    due_at: float | None = None
+    variables: str | None = None
 
 
 class Key(NamedTuple):
@@ -345,9 +361,9 @@ def add(
     first = db.notes.last_id + 1
     ids = list(range(first, first + len(jobs)))
     rows = []
-    for id_, (name, variables, priority, delay) in zip(ids, jobs, strict=True):
-        environment = json.dumps(variables, ensure_ascii=False) if variables else None
-        rows.append((id_, name, priority, environment, now + delay if delay > 0 else None, now))
+    for id_, (name, environment, priority, delay, *rest) in zip(ids, jobs, strict=True):
+        not_before = now + delay if delay > 0 else None
+        rows.append((id_, name, priority, _as_json(environment), not_before, now, *rest))
     db.connection.executemany(INSERT_JOB, rows)
     if any(job.delay > 0 for job in jobs):
         db.execute(SET_CLOCK, (now,))
@@ -358,6 +374,15 @@ def add(
     db.notes.jobs.update(ids)
     db.notes.ready = True
     return ids
+
+
+def _as_json(variables: dict[str, str] | None) -> str | None:
+    return json.dumps(variables, ensure_ascii=False) if variables else None
+
+
+def moment(seconds: float) -> str:
+    """Seconds since the epoch as RFC 3339, UTC, to the second."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def find_request(db: Database, key: Key) -> list[int] | Refusal | None:
@@ -433,8 +458,15 @@ def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[Fr
             heappush(heap, (minus_free + 1, db.chance.random(), worker))
         attempt = job["attempt"] + 1
         _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
-        environment = json.loads(job["environment"]) if job["environment"] else {}
-        yield Claimed(worker, job["id"], job["name"], attempt, environment)
+        yield Claimed(worker, job["id"], job["name"], attempt, _environment(job))
+
+
+def _environment(job: sqlite3.Row) -> dict[str, str]:
+    """What a worker sets in a job's container: what was asked for, and what the server tells it of its origin."""
+    variables: dict[str, str] = {}
+    for column in ("environment", "variables"):
+        variables |= json.loads(job[column]) if job[column] else {}
+    return variables | ({} if job["due_at"] is None else {"JOBWORKER_DUE_AT": moment(job["due_at"])})
 
 
 def start(db: Database, worker: int, job: int, attempt: int, now: float) -> bool:
@@ -444,17 +476,19 @@ def start(db: Database, worker: int, job: int, attempt: int, now: float) -> bool
     return db.one(LOG_STATE, job, attempt, worker) is not None
 
 
-def succeed(db: Database, worker: int, job: int, attempt: int, now: float) -> bool:
+def succeed(db: Database, worker: int, job: int, attempt: int, now: float, rules: Rules) -> bool:
     """Note that an attempt's container exited 0; False for a stale message."""
     values = {"attempt": attempt, "worker": worker, "now": now, "exit_code": 0, "reason": None}
-    if _move(db, FINISH, "succeed", "running", job, **values):
-        return True
-    # A version 1 worker may end what it never said to have started.
-    return start(db, worker, job, attempt, now) and _move(db, FINISH, "succeed", "running", job, **values)
+    ended = _move(db, FINISH, "succeed", "running", job, **values)
+    if not ended and start(db, worker, job, attempt, now):  # by a version 1 worker, which never said so
+        ended = _move(db, FINISH, "succeed", "running", job, **values)
+    if ended:
+        _follow(db, now, rules)
+    return ended
 
 
 def fail(
-    db: Database, worker: int, job: int, attempt: int, exit_code: int | None, reason: str, now: float, retry: RetryDelay
+    db: Database, worker: int, job: int, attempt: int, exit_code: int | None, reason: str, now: float, rules: Rules
 ) -> bool:
     """Note that an attempt failed: it ends, is queued again while retries are left, or was being cancelled.
 
@@ -462,24 +496,40 @@ def fail(
     """
     if not start(db, worker, job, attempt, now):
         return False
-    _end_attempt(db, db.one(GET_STATE, job), "fail", exit_code, reason, now, retry)
+    _end_attempt(db, db.one(GET_STATE, job), "fail", exit_code, reason, now, rules)
     return True
 
 
 def _end_attempt(
-    db: Database, row: sqlite3.Row, event: str, exit_code: int | None, reason: str, now: float, retry: RetryDelay
+    db: Database, row: sqlite3.Row, event: str, exit_code: int | None, reason: str, now: float, rules: Rules
 ) -> None:
     values = {"attempt": row["attempt"], "worker": row["worker"], "now": now, "exit_code": exit_code, "reason": reason}
     if row["cancelling"]:
         _move(db, FINISH, "cancel", "running", row["id"], **{**values, "reason": "cancelled"})
         return
-    delay = retry(row["name"], row["failures"] + 1)
+    delay = rules.retry_delay(row["name"], row["failures"] + 1)
     if delay is None:
         _move(db, FINISH, event, "running", row["id"], **values)
+        _follow(db, now, rules)
         return
     db.execute(KEEP_ATTEMPT, {"id": row["id"], "now": now, "exit_code": exit_code, "reason": reason})
     db.execute(SET_CLOCK, (now,))
     _requeue(db, row, "retry", row["failures"] + 1, now + delay)
+
+
+def _follow(db: Database, now: float, rules: Rules) -> None:
+    """Queue what follows the job that has just ended: a part of its end."""
+    ended = db.notes.finished[-1]
+    follower = rules.follow_up(ended.name, ended.state)
+    if follower:
+        row = db.one(GET_JOB, ended.id)
+        told = ("id", "name", "state", "reason", "exit_code", "attempt", "worker_name")
+        cause = {f"JOBWORKER_CAUSE_{key.removesuffix('_name').upper()}": _text(row[key]) for key in told}
+        add(db, [NewJob(*follower, cause=ended.id, variables=_as_json(cause))], now)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
 
 
 def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_before: float | None) -> None:
@@ -502,7 +552,7 @@ def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 
 
-def attach(db: Database, arrival: Arrival, now: float, retry: RetryDelay) -> tuple[int, list[HeldAttempt]]:
+def attach(db: Database, arrival: Arrival, now: float, rules: Rules) -> tuple[int, list[HeldAttempt]]:
     """Note that a worker is connected, and settle what it holds: give its id, and the attempts it shall go on with.
 
     What the store has for that worker beyond these is gone: it is queued again where it had not started, lost where it
@@ -521,7 +571,7 @@ def attach(db: Database, arrival: Arrival, now: float, retry: RetryDelay) -> tup
         if key in kept:
             wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"]), row["reading"]))
         else:
-            _lose(db, row, now, retry)
+            _lose(db, row, now, rules)
     return worker, wanted
 
 
@@ -541,21 +591,21 @@ def detach(db: Database, worker: int, since: float) -> int:
     return sum(row["state"] == "running" for row in rows)
 
 
-def lose(db: Database, worker: int, now: float, retry: RetryDelay) -> int:
+def lose(db: Database, worker: int, now: float, rules: Rules) -> int:
     """Give up what a worker that did not come back was running; how many jobs that were."""
     db.execute(FORGET_WORKER, (worker,))
     db.notes.workers.add(worker)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
     for row in rows:
-        _lose(db, row, now, retry)
+        _lose(db, row, now, rules)
     return len(rows)
 
 
-def _lose(db: Database, row: sqlite3.Row, now: float, retry: RetryDelay) -> None:
+def _lose(db: Database, row: sqlite3.Row, now: float, rules: Rules) -> None:
     if row["state"] == "assigned":
         _requeue(db, row, "requeue", row["failures"], None)
     else:
-        _end_attempt(db, row, "lose", None, "lost", now, retry)
+        _end_attempt(db, row, "lose", None, "lost", now, rules)
 
 
 # People ask
@@ -631,6 +681,12 @@ def attempts(db: Database, job: int) -> list[sqlite3.Row]:
     return db.execute(ATTEMPTS, (job,)).fetchall()
 
 
+def newest(db: Database, names: Iterable[str], sql: str = NEWEST_JOB) -> dict[str, sqlite3.Row]:
+    """The newest job of each of the names that has one; or, by NEWEST_SUCCESS, the newest that succeeded."""
+    ids = {name: db.one(sql, name)[0] for name in names}
+    return {name: db.one(GET_JOB, id_) for name, id_ in ids.items() if id_}
+
+
 def oldest_ready(db: Database) -> float | None:
     """When the oldest job that could run now was made, in seconds since the epoch; None: there is none."""
     created_at: float | None = db.one(OLDEST_READY)[0]
@@ -694,9 +750,14 @@ def totals(db: Database) -> Totals:
 # Retention
 
 
-def prune(db: Database, before: float, limit: int) -> int:
-    """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were."""
-    rows = db.execute(OLD_JOBS, (before, limit)).fetchall()
+def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
+    """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
+
+    Of each of the names the newest job and the newest success stay: when did it last succeed?
+    """
+    kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
+    rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
+    rows = [row for row in rows if row["id"] not in kept][:limit]
     for job, state in rows:
         for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
             db.execute(statement, (job,))

@@ -38,8 +38,20 @@ FINAL = {"success", "failure", "cancelled"}
 ACTIVE = {"assigned", "running"}
 
 
-def retry_delay(name: str, failures: int) -> float | None:
-    return 2.0**failures if failures <= RETRIES[name] else None
+FOLLOW_UPS = {("again", "failure"): ("once", {"A": "1"}, 1), ("alone", "success"): ("again", {}, 0)}
+
+
+class Rules:
+    """What a jobs.yaml would say."""
+
+    def retry_delay(self, name: str, failures: int) -> float | None:
+        return 2.0**failures if failures <= RETRIES[name] else None
+
+    def follow_up(self, name: str, final_state: str) -> tuple[str, dict[str, str], int] | None:
+        return FOLLOW_UPS.get((name, final_state))
+
+
+RULES = Rules()
 
 
 @dataclass
@@ -59,6 +71,7 @@ class Model:
     reason: str | None = None
     started_at: float | None = None
     finished_at: float | None = None
+    cause: int | None = None
     starts: int = 0
     log_bytes: int = 0
     kept: list[tuple[int, int | None, str]] = field(default_factory=list)
@@ -80,7 +93,7 @@ class Model:
         self.state, self.finished_at, self.exit_code, self.reason = state, now, exit_code, reason
 
     def end_attempt(self, now: float, exit_code: int | None, reason: str) -> None:
-        delay = retry_delay(self.name, self.failures + 1)
+        delay = RULES.retry_delay(self.name, self.failures + 1)
         if self.cancelling:
             self.finish("cancelled", now, exit_code, "cancelled")
         elif delay is None:
@@ -116,6 +129,7 @@ class StoreHistories(RuleBasedStateMachine):
         self.requests: dict[str, tuple[str, list[int]]] = {}
         self.jobs: dict[int, Model] = {}
         self.last_id = 0
+        self.forgotten_causes: set[int | None] = set()  # whose follow-ups were pruned
         self.connected: dict[int, str] = {}
         self.names: dict[int, str] = {}
         self.expected: set[int] = set()
@@ -159,6 +173,9 @@ class StoreHistories(RuleBasedStateMachine):
                 name=st.sampled_from(sorted(RETRIES)),
                 priority=st.integers(-1, 1),
                 delay=st.sampled_from([0, 0, 0, 5]),
+                cause=st.none(),
+                due_at=st.none(),
+                variables=st.none(),
             ),
             max_size=4,
         ),
@@ -245,7 +262,7 @@ class StoreHistories(RuleBasedStateMachine):
         )
         says = [*((job, attempt, "running") for _, job, attempt in held), *own]
         since = float(len(self.since) + max(self.since.values(), default=0.0) + 1)
-        worker, wanted = self.do(state_module.attach, arrival(name, says, since), self.now, retry_delay)
+        worker, wanted = self.do(state_module.attach, arrival(name, says, since), self.now, RULES)
         self.since[worker] = since
         pairs = {(job, attempt) for job, attempt, _ in says}
         expected = set()
@@ -255,6 +272,7 @@ class StoreHistories(RuleBasedStateMachine):
                     expected.add((job.id, job.attempt, job.log_bytes, job.cancelling, 0))
                 else:
                     job.lose(self.now)
+        self.follow()
         assert {tuple(it) for it in wanted} == expected
         assert len(wanted) == len(expected)
         self.connected[worker] = self.names[worker] = name
@@ -280,10 +298,20 @@ class StoreHistories(RuleBasedStateMachine):
     def lose(self, worker: int) -> None:
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
-        assert self.do(state_module.lose, worker, self.now, retry_delay) == len(mine)
+        assert self.do(state_module.lose, worker, self.now, RULES) == len(mine)
         self.expected.discard(worker)
         for job in mine:
             job.lose(self.now)
+        self.follow()
+
+    def follow(self) -> None:
+        """What has ended by itself, and for good, has had its follow-up queued, once."""
+        told = {job.cause for job in self.jobs.values()} | self.forgotten_causes
+        for job in list(self.jobs.values()):
+            follower = RULES.follow_up(job.name, job.state)
+            if follower and job.reason != "gone" and job.id not in told:
+                self.last_id += 1
+                self.jobs[self.last_id] = Model(self.last_id, follower[0], follower[2], None, cause=job.id)
 
     @precondition(lambda self: self.connected)
     @rule(
@@ -337,21 +365,23 @@ class StoreHistories(RuleBasedStateMachine):
         worker, number, attempt = it
         job = self.jobs.get(number)
         wanted = job is not None and self.holds(job, worker, attempt)
-        assert self.do(state_module.succeed, worker, number, attempt, self.now) == wanted
+        assert self.do(state_module.succeed, worker, number, attempt, self.now, RULES) == wanted
         if job and wanted:
             job.begin(self.now)
             job.finish("success", self.now, 0, None)
+            self.follow()
 
     @rule(it=attempts_seen, code=st.none() | st.integers(1, 255))
     def fail(self, it: tuple[int, int, int], code: int | None) -> None:
         worker, number, attempt = it
         job, reason = self.jobs.get(number), "exit" if code else "docker"
         wanted = job is not None and self.holds(job, worker, attempt)
-        given = worker, number, attempt, code, reason, self.now, retry_delay
+        given = worker, number, attempt, code, reason, self.now, RULES
         assert self.do(state_module.fail, *given) == wanted
         if job and wanted:
             job.begin(self.now)
             job.end_attempt(self.now, code, reason)
+            self.follow()
 
     @rule(it=attempts_seen, size=st.integers(0, 9), jump=st.integers(-12, 4))
     def log(self, it: tuple[int, int, int], size: int, jump: int) -> None:
@@ -394,10 +424,20 @@ class StoreHistories(RuleBasedStateMachine):
             if job.not_before is not None:
                 job.not_before += seconds
 
-    @rule(age=st.sampled_from([0.0, 10.0]), limit=st.integers(1, 3))
-    def prune(self, age: float, limit: int) -> None:
-        old = [j for j in self.jobs.values() if j.finished_at is not None and j.finished_at < self.now - age]
-        count = self.do(state_module.prune, self.now - age, limit)
+    @rule(age=st.sampled_from([0.0, 10.0]), names=st.sets(st.sampled_from(sorted(RETRIES))), limit=st.integers(1, 3))
+    def prune(self, age: float, names: set[str], limit: int) -> None:
+        kept = set()
+        for name in names:
+            mine = [job for job in self.jobs.values() if job.name == name]
+            kept |= {
+                max((job.id for job in jobs), default=0) for jobs in (mine, [j for j in mine if j.state == "success"])
+            }
+        old = [
+            job
+            for job in self.jobs.values()
+            if job.finished_at is not None and job.finished_at < self.now - age and job.id not in kept
+        ]
+        count = self.do(state_module.prune, self.now - age, names, limit)
         assert count == min(limit, len(old))
         there = {row["id"] for row in self.do(state_module.page, (), None, 0, None, 10**6)}
         gone = [job for job in self.jobs.values() if job.id not in there]
@@ -410,6 +450,7 @@ class StoreHistories(RuleBasedStateMachine):
             for attempt in range(1, job.attempt + 1):
                 assert self.do(logs.read_log, job.id, attempt, 0) == []
             del self.jobs[job.id]
+            self.forgotten_causes |= {job.cause}
             self.requests = {key: it for key, it in self.requests.items() if it[1][:1] != [job.id]}
             self.before.pop(job.id, None)
 
@@ -454,6 +495,7 @@ class StoreHistories(RuleBasedStateMachine):
                 "exit_code",
                 "reason",
                 "not_before",
+                "cause",
             ):
                 assert row[key] == getattr(job, key), (job, dict(row))
             for key in ("started_at", "finished_at", "log_bytes"):
@@ -557,7 +599,7 @@ class TestClaim:
     def claim(self, tmp_path: Path, free: list[int], names: list[str]) -> list[int]:
         store = Store(str(tmp_path / f"{uuid.uuid4()}.db")).start()
         arrivals = [arrival(f"w{n}") for n in range(len(free))]
-        workers = [store.do(state_module.attach, each, 0.0, retry_delay).result()[0] for each in arrivals]
+        workers = [store.do(state_module.attach, each, 0.0, RULES).result()[0] for each in arrivals]
         store.do(state_module.add, [NewJob("once")] * 6, 0.0).result()
         offers = [FreeSlots(w, n, frozenset(name.split())) for w, n, name in zip(workers, free, names, strict=True)]
         claimed = store.do(state_module.claim, offers, {}).result()
@@ -582,7 +624,7 @@ class TestLogTail:
     @pytest.mark.parametrize(("lines", "offset"), [(0, 8), (1, 6), (2, 3), (3, 0), (9, 0)])
     def test_it_counts_from_the_end(self, tmp_path: Path, lines: int, offset: int) -> None:
         store = Store(str(tmp_path / "jobs.db")).start()
-        worker, _ = store.do(state_module.attach, arrival("w"), 0.0, retry_delay).result()
+        worker, _ = store.do(state_module.attach, arrival("w"), 0.0, RULES).result()
         (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
         store.do(state_module.claim, [FreeSlots(worker, 1, frozenset({"once"}))], {}).result()
         store.do(state_module.start, worker, job, 1, 0.0).result()

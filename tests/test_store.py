@@ -17,7 +17,7 @@ from jobworker.schema import SCHEMA_VERSION
 from jobworker.state import NewJob
 from jobworker.store import Store
 from tests.stage import ROOT
-from tests.test_state import arrival, retry_delay
+from tests.test_state import RULES, arrival
 
 SCHEMA_1 = ROOT / "tests" / "schema-1.sqlite"  # made by jobworker 1.0.0
 
@@ -72,7 +72,7 @@ class TestMigration:
     def test_its_workers_may_come_back_and_are_not_connected(self, store: Store) -> None:
         assert store.do(state_module.resume, 1e10).result() == [(1, "box-1", 2), (2, "version-1-0a1b2c3d", 1)]
         assert not [row for row, _ in store.do(state_module.workers).result() if row["connected"]]
-        assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, retry_delay).result() == (
+        assert store.do(state_module.attach, arrival("box-1", [(3, 1, "running")]), 1.0, RULES).result() == (
             1,
             [(3, 1, 0, False, 0)],
         )

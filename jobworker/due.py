@@ -1,0 +1,184 @@
+"""Jobs that come due: how far each schedule has been dealt with, and what is to be queued now.
+
+The functions are for the store, as those of state.py; a Scheduler belongs to the loop. When a schedule is due is
+schedule.py's matter.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from jobworker.schedule import Schedule
+from jobworker.state import Database, Key, NewJob, add, moment
+from jobworker.store import Store
+
+TOO_FAR_SECONDS = 86400.0  # ahead of now: no clock was right when that was written
+MISSED_LIMIT = 1_000  # counted; beyond it "more than 1,000"
+LOOK_SECONDS = 0.05  # a look at what is due goes on for; the rest is for the next one
+KEY_PREFIX = "schedule/"  # of the idempotency keys of due jobs, which no request may use
+
+KNOWN_SCHEDULES = "SELECT name, text, upto FROM schedule"
+FORGET_SCHEDULE = "DELETE FROM schedule WHERE name = ?"
+BEGIN_SCHEDULE = """INSERT INTO schedule (name, text, upto) VALUES (?, ?, ?)
+    ON CONFLICT (name) DO UPDATE SET text = excluded.text, upto = excluded.upto"""
+MOVE_UPTO = "UPDATE schedule SET upto = ?, missed = missed + ? WHERE name = ? AND text = ? AND upto < ?"
+COUNT_SKIPPED = "UPDATE schedule SET skipped = skipped + 1 WHERE name = ?"
+COUNT_OPEN = "SELECT count(*) FROM job WHERE name = ? AND due_at IS NOT NULL AND finished_at IS NULL"
+SCHEDULES = "SELECT * FROM schedule"
+
+log = logging.getLogger("server")
+
+
+class Scheduled(NamedTuple):
+    """What jobs.yaml says of a job with a schedule. most: how many of its due jobs may be there at once."""
+
+    schedule: Schedule
+    job: NewJob
+    most: int
+
+
+class Due(NamedTuple):
+    """A due time to be dealt with, in seconds since the epoch; missed: how many before it get no job."""
+
+    text: str
+    instant: float
+    missed: int
+    job: NewJob
+    most: int
+
+
+class Dealt(NamedTuple):
+    """What became of a due time; skipped: as many jobs of the schedule as may be had not ended."""
+
+    name: str
+    instant: float
+    missed: int
+    skipped: bool
+
+
+def adopt_schedules(db: Database, texts: Mapping[str, str], now: float) -> tuple[dict[str, float], list[str]]:
+    """Take over the schedules of jobs.yaml, by name; give up to when each has been dealt with.
+
+    One that is new or has changed begins now. Also gives the names of those that were dealt with up to a time more
+    than a day ahead, by a clock that was wrong: they begin now as well.
+    """
+    known = {name: (text, upto) for name, text, upto in db.execute(KNOWN_SCHEDULES).fetchall()}
+    for name in known.keys() - texts.keys():
+        db.execute(FORGET_SCHEDULE, (name,))
+    ahead = [name for name, (text, upto) in known.items() if texts.get(name) == text and upto > now + TOO_FAR_SECONDS]
+    cursors = {}
+    for name, text in texts.items():
+        known_text, cursors[name] = known.get(name, ("", now))
+        if known_text != text or name in ahead:
+            db.execute(BEGIN_SCHEDULE, (name, text, now))
+            cursors[name] = now
+    return cursors, sorted(ahead)
+
+
+def queue_due(db: Database, dues: Sequence[Due], now: float) -> list[Dealt]:
+    """Deal with due times: the job and the cursor are one transaction. What has been dealt with is left out.
+
+    now: seconds since the epoch.
+    """
+    dealt = []
+    for text, instant, missed, job, most in dues:
+        if db.execute(MOVE_UPTO, (instant, missed, job.name, text, instant)).rowcount == 0:
+            continue
+        skipped = db.one(COUNT_OPEN, job.name)[0] >= most
+        if skipped:
+            db.execute(COUNT_SKIPPED, (job.name,))
+        else:
+            key = Key(f"{KEY_PREFIX}{job.name}/{moment(instant)}", "")
+            add(db, [job._replace(due_at=instant)], now, key=key)
+        dealt.append(Dealt(job.name, instant, missed, skipped))
+    return dealt
+
+
+class Scheduler:
+    """Has jobs queued when they are due. Belongs to the loop; what is dealt with, the store knows."""
+
+    def __init__(self, store: Store, clock: Callable[[], float]) -> None:
+        """clock: gives seconds since the epoch."""
+        self._store, self._clock = store, clock
+        self._entries: dict[str, Scheduled] = {}
+        self._cursors: dict[str, float] = {}
+        self._next: dict[str, float] = {}  # always computed from the schedule and its cursor
+        self._waiting = False  # for the store
+
+    def adopt(self, entries: dict[str, Scheduled]) -> None:
+        """Go by these schedules, by name; those that have not changed go on where they were."""
+        self._entries, self._cursors, self._next = entries, {}, {}
+
+        def adopted(result: tuple[dict[str, float], list[str]] | Exception) -> None:
+            self._waiting = False
+            if isinstance(result, Exception) or entries is not self._entries:
+                self.adopt(self._entries)
+                return
+            cursors, ahead = result
+            for name, upto in cursors.items():
+                self._move(name, upto)
+            for name in ahead:
+                log.warning("%s: was dealt with up to more than a day ahead of now; its schedule begins now", name)
+
+        if not self._waiting:
+            self._waiting = True
+            texts = {name: entry.schedule.text for name, entry in entries.items()}
+            self._store.do_then(adopted, adopt_schedules, texts, self._clock())
+
+    def _move(self, name: str, upto: float) -> None:
+        self._cursors[name] = upto
+        self._next[name] = self._entries[name].schedule.next_due(upto)
+
+    def tick(self) -> None:
+        """Have queued what is due now."""
+        if self._waiting:
+            return
+        now = self._clock()
+        if any(upto > now + TOO_FAR_SECONDS for upto in self._cursors.values()):  # the clock was set back
+            self.adopt(self._entries)
+        elif dues := self._dues(now):
+            self._queue(dues, now)
+
+    def _dues(self, now: float) -> list[Due]:
+        """Give what is due: of several due times of a schedule the latest."""
+        begin, found = time.perf_counter(), []
+        for name, next_due in self._next.items():
+            if next_due <= now:
+                found.append(self._due(name, now))
+                if time.perf_counter() - begin > LOOK_SECONDS:
+                    break
+        return found
+
+    def _due(self, name: str, now: float) -> Due:
+        schedule, job, most = self._entries[name]
+        upto = self._cursors[name]
+        latest = schedule.latest_due(upto, now)
+        assert latest is not None
+        missed = schedule.count_due(upto, latest, MISSED_LIMIT + 1) - 1
+        return Due(schedule.text, latest, missed, job, most)
+
+    def _queue(self, dues: list[Due], now: float) -> None:
+        entries = self._entries
+
+        def queued(result: list[Dealt] | Exception) -> None:
+            self._waiting = False
+            if entries is not self._entries:
+                self.adopt(self._entries)
+            elif not isinstance(result, Exception):  # else all of it is due again at the next tick
+                for due in dues:
+                    self._move(due.job.name, due.instant)
+                for dealt in result:
+                    _log_dealt(dealt)
+
+        self._waiting = True
+        self._store.do_then(queued, queue_due, dues, now)
+
+
+def _log_dealt(dealt: Dealt) -> None:
+    due = f"{dealt.name}: due at {moment(dealt.instant)}"
+    if dealt.missed:
+        count = f"more than {MISSED_LIMIT:,}" if dealt.missed > MISSED_LIMIT else dealt.missed
+        log.warning("%s; missed before it: %s", due, count)
+    if dealt.skipped:
+        log.warning("%s, and skipped: an earlier one has not ended", due)
