@@ -45,8 +45,10 @@ LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
 
 PLAN = {"PLAN": Parameter(required=True)}
 JOBS = {
-    "plain": JobConfig("plain", "busybox", "true", parameters=PLAN),
-    "again": JobConfig("again", "busybox", "true", retries=2, retry_delay=0.5, parameters=PLAN),
+    "plain": JobConfig("plain", "busybox", "true", parameters=PLAN, on_success="told"),
+    "again": JobConfig("again", "busybox", "true", retries=2, retry_delay=0.5, parameters=PLAN, on_failure="told"),
+    "told": JobConfig("told", "busybox", "true"),
+    "each-minute": JobConfig("each-minute", "busybox", "true", schedule=("* * * * *",)),
     "alone": JobConfig("alone", "busybox", "true", concurrency=1, retries=1, retry_delay=0.5, parameters=PLAN),
     "short": JobConfig("short", "busybox", "true", timeout=3.0, parameters=PLAN, stop_grace_period=1),
     "leaves": JobConfig("leaves", "busybox", "true", parameters=PLAN),

@@ -38,6 +38,7 @@ import client
 import server
 from jobworker import logs, state
 from jobworker.config import Configs
+from jobworker.due import SCHEDULES
 from jobworker.store import StoreError
 
 STORM_SECONDS = 40.0
@@ -225,6 +226,8 @@ class History(World):
         for job, row in rows.items():
             self.check_starts(job, row)
             self.check_result(row)
+            self.check_follow_up(row, [other for other in rows.values() if other["cause"] == job])
+        self.check_schedule(rows)
         self.counts["jobs"] += len(rows)
         self.counts["containers"] += len(self.starts)
 
@@ -243,6 +246,29 @@ class History(World):
             if (first.ended is None or first.ended > second.began) and ended.get(first.attempt) != "lost":
                 raise Broken(f"promise 3: attempts {first.attempt} and {second.attempt} of job {job} overlap")
         self.count("checked: promise 3")
+
+    def check_schedule(self, rows: dict[int, sqlite3.Row]) -> None:
+        """Promise 12: a due time gets at most one job, and none is left undealt with."""
+        assert self.server
+        dues = [row["due_at"] for row in rows.values() if row["due_at"]]
+        if len(dues) > len(set(dues)):
+            raise Broken(f"promise 12: of {dues} one was queued twice")
+        (schedule,) = self.server.store._database.execute(SCHEDULES).fetchall()
+        if self.wall() - schedule["upto"] > 60 + 2 * server.TICK_SECONDS:
+            raise Broken(f"promise 12: dealt with up to {schedule['upto']} only, and it is {self.wall()}")
+        self.counts["due jobs"] += len(dues)
+        self.counts["due times missed"] += schedule["missed"]
+        self.counts["due times skipped"] += schedule["skipped"]
+
+    def check_follow_up(self, row: sqlite3.Row, followers: list[sqlite3.Row]) -> None:
+        """Promise 12: what a job's end asks for is there once."""
+        config = JOBS[row["name"]]
+        wanted = {"failure": config.on_failure, "success": config.on_success}.get(row["state"])
+        if row["reason"] == "gone":
+            wanted = None
+        if [each["name"] for each in followers] != ([wanted] if wanted else []):
+            raise Broken(f"promise 12: job {row['id']} is a {row['state']}, followed by {list(map(dict, followers))}")
+        self.counts["follow-ups"] += len(followers)
 
     def check_result(self, row: sqlite3.Row) -> None:
         """Promises 4 and 5: success if and only if the container exited 0; its log is what it wrote."""

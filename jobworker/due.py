@@ -104,27 +104,32 @@ class Scheduler:
         self._entries: dict[str, Scheduled] = {}
         self._cursors: dict[str, float] = {}
         self._next: dict[str, float] = {}  # always computed from the schedule and its cursor
+        self._is_adopted = True
         self._waiting = False  # for the store
 
     def adopt(self, entries: dict[str, Scheduled]) -> None:
         """Go by these schedules, by name; those that have not changed go on where they were."""
         self._entries, self._cursors, self._next = entries, {}, {}
+        self._is_adopted = False
+        self.tick()
+
+    def _adopt(self, now: float) -> None:
+        entries = self._entries
 
         def adopted(result: tuple[dict[str, float], list[str]] | Exception) -> None:
             self._waiting = False
             if isinstance(result, Exception) or entries is not self._entries:
-                self.adopt(self._entries)
-                return
+                return  # the next tick tries again
+            self._is_adopted = True
             cursors, ahead = result
             for name, upto in cursors.items():
                 self._move(name, upto)
             for name in ahead:
                 log.warning("%s: was dealt with up to more than a day ahead of now; its schedule begins now", name)
 
-        if not self._waiting:
-            self._waiting = True
-            texts = {name: entry.schedule.text for name, entry in entries.items()}
-            self._store.do_then(adopted, adopt_schedules, texts, self._clock())
+        self._waiting = True
+        texts = {name: entry.schedule.text for name, entry in entries.items()}
+        self._store.do_then(adopted, adopt_schedules, texts, now)
 
     def _move(self, name: str, upto: float) -> None:
         self._cursors[name] = upto
@@ -135,8 +140,9 @@ class Scheduler:
         if self._waiting:
             return
         now = self._clock()
-        if any(upto > now + TOO_FAR_SECONDS for upto in self._cursors.values()):  # the clock was set back
-            self.adopt(self._entries)
+        was_set_back = any(upto > now + TOO_FAR_SECONDS for upto in self._cursors.values())
+        if was_set_back or not self._is_adopted:
+            self._adopt(now)
         elif dues := self._dues(now):
             self._queue(dues, now)
 
@@ -153,8 +159,7 @@ class Scheduler:
     def _due(self, name: str, now: float) -> Due:
         schedule, job, most = self._entries[name]
         upto = self._cursors[name]
-        latest = schedule.latest_due(upto, now)
-        assert latest is not None
+        latest = schedule.latest_due(upto, now) or now  # there is one: the next due time is not after now
         missed = schedule.count_due(upto, latest, MISSED_LIMIT + 1) - 1
         return Due(schedule.text, latest, missed, job, most)
 
@@ -163,13 +168,13 @@ class Scheduler:
 
         def queued(result: list[Dealt] | Exception) -> None:
             self._waiting = False
-            if entries is not self._entries:
-                self.adopt(self._entries)
-            elif not isinstance(result, Exception):  # else all of it is due again at the next tick
-                for due in dues:
+            if isinstance(result, Exception):
+                return  # all of it is due again at the next tick
+            for due in dues:
+                if entries is self._entries:
                     self._move(due.job.name, due.instant)
-                for dealt in result:
-                    _log_dealt(dealt)
+            for dealt in result:
+                _log_dealt(dealt)
 
         self._waiting = True
         self._store.do_then(queued, queue_due, dues, now)

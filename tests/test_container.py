@@ -86,6 +86,7 @@ class TestDockerRunArguments:
         here = {"name", "image", "command", "entrypoint", "environment", "options"}
         worker = {"pull_policy", "pull_timeout", "timeout"}
         server = {"retries", "retry_delay", "concurrency", "tags", "priority", "parameters"}
+        server |= {"schedule", "timezone", "on_failure", "on_success"}
         assert FLAGS.keys() | here | worker | server == JobConfig.__dataclass_fields__.keys()
 
     @pytest.mark.parametrize(
