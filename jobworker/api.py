@@ -22,11 +22,12 @@ from typing import Any
 
 from jobworker import VERSION, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
-from jobworker.message import ApiError, Request, Response, as_json
+from jobworker.message import ApiError, Request, Response, as_json, read_items, read_json
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
 from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
 from jobworker.store import CopyUnderWayError, Store, StoreError
+from jobworker.web import take_turn
 
 HEARTBEAT_SECONDS = 15
 CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is still there
@@ -37,6 +38,8 @@ PAGE_JOBS = 250
 PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
 MAX_PAGE_JOBS = 10_000
+MAX_LIST_JOBS = 20_000  # a transaction of so many holds up the others for a fifth of a second
+SHORT_LIST_BYTES = 1_024  # longer ones are read and queued one at a time
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
 HERE = Path(__file__).resolve().parent
 STATUS_OF = {
@@ -217,27 +220,17 @@ def config_json(config: JobConfig) -> dict[str, Any]:
     return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
 
 
-def read_json(body: bytes | bytearray) -> Any:
-    try:
-        text = body.decode()
-        value = json.loads(text, parse_constant=_refuse_constant)
-        if "\\ud" in text.lower():  # half a surrogate pair is no character
-            as_json(value)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {str(error)[:200]}") from error
-    return value
-
-
-def _refuse_constant(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def mark(key: str | None, *content: object) -> Key | None:
     """Give an idempotency key with what it belongs to: a route and a body, which are compared as values."""
     if key is None:
         return None
-    values = json.loads(json.dumps(content), parse_float=whole_if_it_is)
-    return Key(key, hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest())
+    return Key(key, hashlib.sha256(as_compared(content)).hexdigest())
+
+
+def as_compared(value: object) -> bytes:
+    """Give JSON that is the same for equal values."""
+    value = json.loads(json.dumps(value), parse_float=whole_if_it_is)
+    return json.dumps(value, sort_keys=True).encode()
 
 
 def whole_if_it_is(text: str) -> float:
@@ -285,6 +278,7 @@ class Api:
         self.store, self.configs, self.hold, self.clock = store, configs, hold, clock
         self.events = Events(store, self._show)
         self.paging = threading.Semaphore(PAGES_AT_ONCE)
+        self.long_lists = threading.Semaphore(1)
 
     def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError, ConnectionAbortedError where the caller has gone, and nothing else."""
@@ -371,21 +365,39 @@ class Api:
     def queue_jobs(self, request: Request, key: str | None) -> Response:
         """Queue many jobs at once.
 
-        All of them or none, in one transaction.
+        All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists.
         """
-        items = read_json(request.body)
-        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ApiError(HTTPStatus.BAD_REQUEST, 'the body must be a JSON list such as [{"name": "hello-world"}]')
-        marked = mark(key, "POST", items)
-
-        def jobs() -> list[NewJob]:
-            for n, item in enumerate(items):  # in place: of a long list there is never both
-                items[n] = new_job(self.configs, item.pop("name", None), item, n)
-            return items
-
-        ids = self._queue(jobs, marked)
+        with contextlib.ExitStack() as turn:
+            if len(request.body) > SHORT_LIST_BYTES:
+                take_turn(self.long_lists, turn, "too many lists at once")
+            ids = self._queue(*self._read_list(request.body, key))
+        request.drop_body()
         pages = self._list((), None, ids[0] - 1 if ids else 0, None, len(ids), full=False)
         return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
+
+    def _read_list(self, body: bytes | bytearray, key: str | None) -> tuple[Callable[[], list[NewJob]], Key | None]:
+        """Give what gives the jobs that a list asks for, or raises ApiError, and its mark: mark(key, "POST", LIST)."""
+        jobs: list[NewJob] = []
+        wrong: list[ApiError] = []  # raised when the key has been looked up
+        content = hashlib.sha256(b'["POST", [')
+        for n, item in enumerate(read_items(body, MAX_LIST_JOBS)):
+            if key is not None:
+                content.update(b", " * (n > 0) + as_compared(item))
+            try:
+                if not wrong:
+                    jobs.append(new_job(self.configs, item.pop("name", None), item, n))
+            except ApiError as error:
+                wrong = [error]
+                if key is None:
+                    raise
+        content.update(b"]]")
+
+        def checked() -> list[NewJob]:
+            for error in wrong:
+                raise error
+            return jobs
+
+        return checked, None if key is None else Key(key, content.hexdigest())
 
     def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
@@ -642,7 +654,7 @@ ROUTES = [
         Api.queue_job,
         (JOB_NAME, WAIT, FULL, KEY),
         "Job|FullJob",
-        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker"},
+        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
         body="NewJob?",
     ),
     Route("GET", "/api/jobs", Api.list_jobs, (STATE, NAME, LIMIT, AFTER, BEFORE, FULL), "Job[]|FullJob[]"),
@@ -652,7 +664,7 @@ ROUTES = [
         Api.queue_jobs,
         (KEY,),
         "Job[]",
-        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker"},
+        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
         body="NewNamedJob[]",
     ),
     Route("GET", "/api/jobs/{job}", Api.get_job, (JOB_ID, WAIT), "FullJob", refuses=UNKNOWN),

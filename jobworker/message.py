@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 from urllib.parse import parse_qsl
 
 MAX_HEADERS = 100
 MAX_BODY_BYTES = 8 * 1024 * 1024
+MAX_JOB_BYTES = 256 * 1024  # of JSON: its environment has at most 32 KiB, each of which may be written as \u0041
+ITEM_CHARACTERS = 4 * 1024  # most items of a list are shorter
 
 
 class ApiError(Exception):
@@ -149,6 +152,90 @@ JSON_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 def as_json(value: object) -> bytes:
     return JSON_ENCODER.encode(value).encode()
+
+
+# Bodies
+
+
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+JSON_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+JSON_SPACE = re.compile(r"[ \t\n\r]*")
+NO_LIST = 'the body must be a JSON list such as [{"name": "hello-world"}]'
+
+
+def read_json(body: bytes | bytearray) -> Any:
+    """Give the value of a body that is about one job. Raises ApiError."""
+    if len(body) > MAX_JOB_BYTES:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"the JSON of one job may have {MAX_JOB_BYTES} bytes")
+    with _refusing_bad_json():
+        text = body.decode()
+        return _checked(json.loads(text, parse_constant=_refuse_constant), text)
+
+
+def read_items(body: bytes | bytearray, most: int) -> Iterator[dict[str, Any]]:
+    """Give the objects of a JSON list one by one. Raises ApiError, also for more than `most`.
+
+    Eight MiB of small values at once would be 360 MiB of Python's, and hold all other threads up for two seconds.
+    """
+    with _refusing_bad_json():
+        text = body.decode()
+        at = _skip_space(text, 0)
+        if text[at : at + 1] != "[":
+            raise ApiError(HTTPStatus.BAD_REQUEST, NO_LIST)
+        at = _skip_space(text, at + 1)
+        if text[at : at + 1] != "]":
+            for _ in range(most):
+                item, at = _read_item(text, at)
+                yield item
+                at = _skip_space(text, at)
+                if text[at : at + 1] != ",":
+                    break
+                at = _skip_space(text, at + 1)
+            else:
+                detail = f"a list may have {most:,} jobs; nothing was queued: send several lists"
+                raise ApiError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, detail)
+        if text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if _skip_space(text, at + 1) < len(text):
+            raise json.JSONDecodeError("Extra data", text, at + 1)
+
+
+def _read_item(text: str, at: int) -> tuple[dict[str, Any], int]:
+    """Read the object at a place; give it and the place of its end."""
+    for size in (ITEM_CHARACTERS, MAX_JOB_BYTES):
+        piece = text[at : at + size]
+        try:
+            item, length = JSON_DECODER.raw_decode(piece)
+        except json.JSONDecodeError as error:
+            flaw = f"{error.msg} (or more than {MAX_JOB_BYTES} bytes)" if at + size < len(text) else error.msg
+            failure = json.JSONDecodeError(flaw, text, at + error.pos)
+            continue
+        if not isinstance(item, dict):
+            raise ApiError(HTTPStatus.BAD_REQUEST, NO_LIST)
+        return _checked(item, piece[:length]), at + length
+    raise failure
+
+
+def _skip_space(text: str, at: int) -> int:
+    space = JSON_SPACE.match(text, at)
+    return space.end() if space else at
+
+
+def _checked(value: Any, text: str) -> Any:
+    if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is no character
+        as_json(value)
+    return value
+
+
+@contextlib.contextmanager
+def _refusing_bad_json() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {str(error)[:200]}") from error
 
 
 def problem(error: ApiError) -> Response:

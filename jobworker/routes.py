@@ -75,6 +75,8 @@ class Route:
 
     def answer(self, api: object, request: Request, in_path: tuple[str, ...]) -> Response:
         """Read the request's parameters and answer it. Raises ApiError for a parameter that is unknown or wrong."""
+        if not self.body:
+            request.drop_body()  # it may take long
         texts = {"query": self._query(request), "header": request.headers}
         values = {}
         path_texts = iter(in_path)

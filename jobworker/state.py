@@ -360,11 +360,7 @@ def add(
         return Refusal("no worker", "worker is not exist")
     first = db.notes.last_id + 1
     ids = list(range(first, first + len(jobs)))
-    rows = []
-    for id_, (name, environment, priority, delay, *rest) in zip(ids, jobs, strict=True):
-        not_before = now + delay if delay > 0 else None
-        rows.append((id_, name, priority, _as_json(environment), not_before, now, *rest))
-    db.connection.executemany(INSERT_JOB, rows)
+    db.connection.executemany(INSERT_JOB, (_row(id_, job, now) for id_, job in zip(ids, jobs, strict=True)))
     if any(job.delay > 0 for job in jobs):
         db.execute(SET_CLOCK, (now,))
     if key:
@@ -374,6 +370,11 @@ def add(
     db.notes.jobs.update(ids)
     db.notes.ready = True
     return ids
+
+
+def _row(id_: int, job: NewJob, now: float) -> tuple[object, ...]:
+    name, environment, priority, delay, *rest = job
+    return id_, name, priority, _as_json(environment), now + delay if delay > 0 else None, now, *rest
 
 
 def _as_json(variables: dict[str, str] | None) -> str | None:

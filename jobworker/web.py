@@ -36,11 +36,13 @@ MAX_STRANGERS = 128  # of these, once all are taken: for connections without a v
 SPARE_THREADS = 256  # for connections that were evicted and have not noticed yet
 MAX_HEAD_BYTES = 16 * 1024
 LARGE_BODY_BYTES = 64 * 1024
-LARGE_BODIES = 2  # in memory at a time; one of them is answered at a time, since JSON grows twentyfold when it is read
-LARGE_WAIT_SECONDS = 10
+LARGE_BODIES = 4  # in memory at a time; one of them is answered at a time
+TURN_SECONDS = 1  # a caller waits for its turn among those who send or ask much
 IDLE_SECONDS = 30
 HEAD_SECONDS = 10
 BODY_SECONDS = 30
+FRESH_UPLOAD_SECONDS = 1
+SLOWEST_UPLOAD_BYTES = 1024 * 1024  # a second: a large body that comes slower gives its place to one that waits for it
 SEND_SECONDS = 30
 SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
@@ -48,6 +50,7 @@ UNSENT_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader t
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
+TOO_MANY_LARGE = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
 RUNNER_START = re.compile(rb"GET /runner[? ]")
 HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)
 UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
@@ -82,6 +85,7 @@ class HttpServer(ThreadingHTTPServer):
         self.threads = threading.Semaphore(MAX_CONNECTIONS + SPARE_THREADS)
         self.large_bodies = threading.Semaphore(LARGE_BODIES)
         self.large_answers = threading.Semaphore(1)
+        self.uploads: dict[HttpConnection, None] = {}  # whose large bodies are being read
         self.next_check = 0.0
         super().__init__(address, HttpConnection)
 
@@ -115,6 +119,14 @@ class HttpServer(ThreadingHTTPServer):
         victim = min(places, key=worth, default=None)
         if victim and worth(victim)[:3] != (True, True, True) and self.places.pop(victim[0], None):
             victim[0].shut(socket.SHUT_RDWR)
+
+    def end_slow_upload(self) -> None:
+        """Where uploads have all places for large bodies, answer the oldest slow one, if there is one, with 408."""
+        now, uploads = time.monotonic(), list(self.uploads)
+        slow = [connection for connection in uploads if connection.slow_from < now]
+        if slow and len(uploads) >= LARGE_BODIES:
+            self.uploads.pop(slow[0], None)
+            slow[0].shut(socket.SHUT_RD)
 
     def service_actions(self) -> None:
         """End the waits that are past their deadline. Called by serve_forever after each accept and each poll."""
@@ -158,6 +170,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         super().setup()
         self.stranger = not self.server.access.allows("api", None)
         self.patience = float(SEND_SECONDS)
+        self.slow_from = math.inf
         self._limit_unsent(UNSENT_BYTES)
         now = time.monotonic()
         self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
@@ -209,22 +222,25 @@ class HttpConnection(BaseHTTPRequestHandler):
         try:
             if request.content_length > LARGE_BODY_BYTES:
                 request.share = contextlib.ExitStack()
-                self._take(self.server.large_bodies, request.share)
+                self._take_place_for_upload(request.share)
             self._read_body(request)
+            self.server.uploads.pop(self, None)
             if request.share:
-                self._take(self.server.large_answers, request.share)
+                self._wait_for_answer()
+                take_turn(self.server.large_answers, request.share, TOO_MANY_LARGE)
             self._wait_for_answer()
             request.caller_is_gone = self._caller_is_gone
             return self.server.answer(request)
         finally:
             request.drop_body()
 
-    def _take(self, semaphore: threading.Semaphore, share: contextlib.ExitStack) -> None:
+    def _take_place_for_upload(self, share: contextlib.ExitStack) -> None:
         self._wait_for_answer()
-        if not semaphore.acquire(timeout=LARGE_WAIT_SECONDS):
-            detail = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
-            raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, detail, **{"Retry-After": str(LARGE_WAIT_SECONDS)})
-        share.callback(semaphore.release)
+        self.server.end_slow_upload()
+        take_turn(self.server.large_bodies, share, TOO_MANY_LARGE)
+        self.slow_from = time.monotonic() + FRESH_UPLOAD_SECONDS
+        self.server.uploads[self] = None
+        share.callback(self.server.uploads.pop, self, None)
 
     def _wait_for_request(self, seconds: float) -> None:
         now = time.monotonic()
@@ -287,6 +303,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         left = memoryview(body)
         while left and (count := self.connection.recv_into(left)):
             left = left[count:]
+            self.slow_from += count / SLOWEST_UPLOAD_BYTES
         if left:
             raise BadFraming(HTTPStatus.REQUEST_TIMEOUT, "the body did not come in time, or not whole")
         request.unread = False
@@ -337,6 +354,14 @@ class HttpConnection(BaseHTTPRequestHandler):
         left = MAX_BODY_BYTES
         while left > 0 and (more := self.rfile.read(65536)):
             left -= len(more)
+
+
+def take_turn(semaphore: threading.Semaphore, stack: contextlib.ExitStack, otherwise: str) -> None:
+    """Take one of few places until the stack is closed. Raises ApiError where none gets free soon."""
+    if not semaphore.acquire(timeout=TURN_SECONDS):
+        headers = {"Retry-After": str(TURN_SECONDS)}
+        raise ApiError(HTTPStatus.SERVICE_UNAVAILABLE, f"{otherwise}; ask again in a moment", **headers)
+    stack.callback(semaphore.release)
 
 
 class RunnerListener(socket.socket):

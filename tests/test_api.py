@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import re
 import time
 from collections.abc import Iterator
@@ -11,6 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from jobworker.api import Api, mark
+from jobworker.config import Configs, JobConfig
+from jobworker.store import Store
 from tests.peers import (
     head,
 )
@@ -126,6 +130,40 @@ class TestErrors:
     @pytest.mark.parametrize("body", [b"[]", b"null", b"0", b'""', b"false"])
     def test_a_body_that_is_no_object_is_refused_for_any_job(self, api: Server, body: bytes) -> None:
         problem(api.http("POST", "/api/jobs/quick", body), 400)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            *(b"", b"nope", b"{}", b"[", b"[,]", b"[1]", b"[[]]", b"[NaN]", b"[\xff]"),
+            *(b"[J,]", b"[J J]", b"[J", b"[J}", b"[J]]", b"[J] x", b"[J,1]"),
+            *(b"[" * 100_000, b"[{" + b'"":{' * 100_000, b'[{"":' + b"9" * 5_000 + b"}]"),
+            b'[{"": "' + b"x" * 300_000 + b'", "name": "quick"}]',
+            b'[{"name": "sh", "environment": {"SCRIPT": "\\udabc"}}]',
+        ],
+        ids=lambda body: body[:20].decode(errors="replace"),
+    )
+    def test_a_bad_list_is_refused_and_nothing_is_queued(self, api: Server, body: bytes) -> None:
+        before = api.http("GET", "/api/jobs").body
+        assert problem(api.http("POST", "/api/jobs", body.replace(b"J", b'{"name": "quick"}')), 400)
+        assert api.http("GET", "/api/jobs").body == before
+
+    @pytest.mark.parametrize("size", [10, 4_000, 4_096, 30_000])
+    def test_a_list_is_read_as_any_json_is(self, api: Server, size: int) -> None:
+        script = 'ä\\"' * (size // 4) + "\u2028😀"
+        items = [{"name": "sh", "environment": {"SCRIPT": script}, "delay": 1.5}, {"name": "quick"}] * 3
+        for indent in (None, 3):
+            for escaped in (False, True):
+                body = json.dumps(items, indent=indent, ensure_ascii=escaped).encode()
+                ids = [job["id"] for job in api.http("POST", "/api/jobs", b" \r\n\t" + body + b"\n").json]
+                assert [api.job(id_)["environment"] for id_ in ids] == [{"SCRIPT": script}, {}] * 3
+
+    def test_a_lists_key_is_marked_as_by_any_release(self) -> None:
+        """It is made item by item, and kept: a request that is repeated after an upgrade is the same."""
+        items = [{"name": "quick", "delay": 1.0}, {"priority": 2, "name": "quick"}, {"name": "missing"}]
+        answering = Api(Store(":memory:"), Configs([JobConfig("quick", "busybox")]), hold=True)
+        for length in range(4):
+            _, marked = answering._read_list(json.dumps(items[:length]).encode(), "k")
+            assert marked == mark("k", "POST", items[:length])
 
     def test_an_empty_idempotency_key_is_no_key(self, api: Server) -> None:
         first, second = (api.http("POST", "/api/jobs/quick", headers={"Idempotency-Key": ""}) for _ in range(2))

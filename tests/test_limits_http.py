@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from jobworker import message, web
+from jobworker import api, message, web
 from jobworker.message import Response
 from jobworker.web import HttpServer
 from tests.peers import HANDSHAKE, head
-from tests.stage import Program, Reply, Server, Stage, bearer, read_to_end, until
+from tests.stage import Program, Reply, Server, Stage, bearer, problem, read_to_end, until
 from tests.test_places import dial, send, serving
 
 CROWD = web.MAX_CONNECTIONS + 36
@@ -180,6 +180,76 @@ class TestBodies:
             assert {reply.status for reply in replies} <= {404, 503}
         assert peak_kib(server) < MEMORY_KIB
 
+    def test_lists_as_long_as_they_may_be_hold_up_nobody(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        jobs = [{"name": "quick"}] * api.MAX_LIST_JOBS
+
+        def post(_: int) -> Reply:
+            return server.http("POST", "/api/jobs", jobs, 60)
+
+        with ThreadPoolExecutor(6) as pool:
+            replies = pool.map(post, range(12))
+            serves(server)
+            assert {reply.status for reply in replies} <= {200, 503}
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_a_crowd_with_lists_that_are_not_large_holds_up_nobody(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        body = b"[" + b'{"name":"quick"},' * 3_500 + b'{"name":"quick"}]'
+        assert len(body) < web.LARGE_BODY_BYTES
+        with crowd(server, head(b"POST /api/jobs", b"Content-Length: %d" % len(body)) + body, 200):
+            serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_a_list_may_have_so_many_jobs(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        reply = server.http("POST", "/api/jobs", [{"name": "quick"}] * (api.MAX_LIST_JOBS + 1))
+        assert problem(reply, 413) == "a list may have 20,000 jobs; nothing was queued: send several lists"
+        assert server.get("/api/jobs") == []
+
+    @pytest.mark.parametrize("path", ["/api/jobs/quick", "/api/jobs"])
+    def test_many_small_values_hold_up_nobody(self, stage: Stage, path: str) -> None:
+        server = stage.server("--hold")
+        values = b'{"":{"":{"":{"":{}}}}},'
+        item = b'{"name":"quick","x":[' + values * (200_000 // len(values)) + b"0]},"
+        body = b"[" + item * (message.MAX_BODY_BYTES // len(item) - 1) + b"{}]"
+
+        def post(_: int) -> Reply:
+            return server.http("POST", path, body, 60, {"Idempotency-Key": "k"})
+
+        with ThreadPoolExecutor(6) as pool:
+            replies = pool.map(post, range(6))
+            serves(server)
+            assert {reply.status for reply in replies} <= {400, 413, 503}
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_one_that_comes_slowly_gives_its_place_to_one_that_does_not(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        slow = head(b"POST /api/jobs", b"Content-Length: 8000000") + b" " * 100_000
+        jobs = [{"name": "quick"}] * 10_000
+        with crowd(server, slow, web.LARGE_BODIES) as peers:
+
+            def is_taken() -> bool:
+                start = time.monotonic()
+                status = server.http("POST", "/api/jobs", jobs).status
+                assert status in (200, 503)
+                assert time.monotonic() - start < 2 * web.TURN_SECONDS
+                return status == 200
+
+            until(is_taken, 5)
+            (ended,) = select.select(peers, [], [], 5)[0]
+            assert ended.recv(100).startswith(b"HTTP/1.1 408 ")
+
+    def test_one_that_nobody_asked_for_holds_up_no_other(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        before = threads(server)
+        job = server.post("quick")
+        until(lambda: threads(server) == before)
+        body = b" " * 100_000
+        with crowd(server, head(b"GET /api/jobs/%d?wait=60" % job, b"Content-Length: %d" % len(body)) + body, 1):
+            until(lambda: threads(server) > before)
+            assert server.http("POST", "/api/jobs/quick", b"{}" + body).status == 200
+
     def test_those_that_come_slowly_hold_up_no_small_one(self, stage: Stage) -> None:
         server = stage.server("--hold")
         with crowd(server, head(b"POST /api/jobs", b"Content-Length: 8000000") + b" " * 100_000, 200):
@@ -187,7 +257,7 @@ class TestBodies:
             assert server.http("POST", "/api/jobs", [{"name": "quick"}]).status == 200
 
     def test_one_too_many_is_told_when_to_come_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(web, "LARGE_WAIT_SECONDS", 0)
+        monkeypatch.setattr(web, "TURN_SECONDS", 0)
         large = head(b"POST /", b"Content-Length: 100000") + b" "
         with serving(lambda _: Response(b"{}")) as server, contextlib.ExitStack() as stack:
             for _ in range(web.LARGE_BODIES):
