@@ -343,24 +343,25 @@ class Api:
     def _list(
         self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None, full: bool
     ) -> Iterator[bytes]:
-        left, most = (MAX_JOB_ID if limit is None else limit), PAGE_JOBS if before is None else MAX_PAGE_JOBS
+        left = MAX_JOB_ID if limit is None else limit
+        if before is not None:
+            left = min(left, MAX_PAGE_JOBS)
+            with self.paging:
+                after = self._do(state.start_of_newest, states, name, after, before, left)
         separator = b"["
         while left > 0:
             with self.paging:  # many readers at once queue here, where they are in nobody's way
-                page, after, count = self._page(states, name, after, before, min(left, most), full)
-            if not count:
+                rows = self._do(state.page, states, name, after, before, min(left, PAGE_JOBS))
+                page = [separator + as_json(self._list_json(rows, full))[1:-1]]
+            if not rows:
                 break
-            yield separator + page
-            separator, left = b",", 0 if before is not None else left - count
+            separator, left, after = b",", left - len(rows), rows[-1]["id"]
+            del rows
+            yield page.pop()  # nothing here keeps it while it waits for its reader
         yield b"[]" if separator == b"[" else b"]"
 
-    def _page(
-        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int, full: bool
-    ) -> tuple[bytes, int, int]:
-        """Give a page of the list as JSON without its brackets, its last id, and how many jobs it has."""
-        rows = self._do(state.page, states, name, after, before, limit)
-        shown = self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
-        return as_json(shown)[1:-1], rows[-1]["id"] if rows else after, len(rows)
+    def _list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
+        return self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
 
     def queue_jobs(self, request: Request, key: str | None) -> Response:
         """Queue many jobs at once.

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from heapq import heappop, heappush
+from heapq import heappop, heappush, merge
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -41,6 +41,7 @@ FINAL_STATES = ("success", "failure", "cancelled")
 FREE_PAGES_LIMIT = 1_000
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
+PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
 HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
 MAX_JOB_ID = 2**31 - 1
 
@@ -124,6 +125,8 @@ OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"
 COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
+
+_Wanted = tuple[Sequence[str], str | None, int, int | None]  # states, name, after, before
 
 
 class Rules(Protocol):
@@ -662,19 +665,32 @@ def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Fu
 def page(
     db: Database, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int
 ) -> list[sqlite3.Row]:
-    """Up to `limit` jobs with after < id, oldest first; with `before`, the newest of those with id < before.
+    """Up to `limit` jobs with after < id < before, oldest first; fewer, but one at least, where they are long."""
+    rows, characters = [], 0
+    for row in _walk(db, _JOB, "ASC", (states, name, after, before), limit):
+        rows.append(row)
+        characters += len(row["environment"] or "")
+        if characters > PAGE_CHARACTERS:
+            break
+    return rows
 
-    One query a state, each a walk along an index in the order of ids, so that a page costs the same among millions.
-    """
-    rows: list[sqlite3.Row] = []
+
+def start_of_newest(db: Database, states: Sequence[str], name: str | None, after: int, before: int, count: int) -> int:
+    """The id after which the newest `count` jobs with after < id < before come."""
+    newest = _walk(db, "SELECT job.id FROM job", "DESC", (states, name, after, before), count)
+    return min((row["id"] for row in newest), default=before) - 1
+
+
+def _walk(db: Database, select: str, order: str, wanted: _Wanted, limit: int) -> Iterator[sqlite3.Row]:
+    """One query a state, each a walk along an index in the order of ids: a few among millions cost the same."""
+    cursors = []
+    states, name, after, before = wanted
     for state in states or (None,):
         where = {"job.id > ?": after, "job.id < ?": before, "job.state = ?": state, "job.name = ?": name}
         where = {condition: value for condition, value in where.items() if value is not None}
-        order = "ASC" if before is None else "DESC"
-        sql = f"{_JOB} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
-        rows += db.execute(sql, [*where.values(), limit]).fetchall()
-    rows.sort(key=lambda row: row["id"])
-    return rows[:limit] if before is None else rows[-limit:]
+        sql = f"{select} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
+        cursors.append(db.execute(sql, [*where.values(), limit]))
+    return islice(merge(*cursors, key=lambda row: row["id"], reverse=order == "DESC"), limit)
 
 
 def attempts(db: Database, job: int) -> list[sqlite3.Row]:
@@ -686,12 +702,6 @@ def newest(db: Database, names: Iterable[str], sql: str = NEWEST_JOB) -> dict[st
     """The newest job of each of the names that has one; or, by NEWEST_SUCCESS, the newest that succeeded."""
     ids = {name: db.one(sql, name)[0] for name in names}
     return {name: db.one(GET_JOB, id_) for name, id_ in ids.items() if id_}
-
-
-def oldest_ready(db: Database) -> float | None:
-    """When the oldest job that could run now was made, in seconds since the epoch; None: there is none."""
-    created_at: float | None = db.one(OLDEST_READY)[0]
-    return created_at
 
 
 # How things stand
@@ -721,7 +731,7 @@ def what_waits_for(db: Database, limited: Iterable[str]) -> tuple[set[tuple[int,
 def overview(db: Database, now: float) -> dict[str, Any]:
     """Jobs by state, how many ended, how long the oldest ready job has waited in seconds; workers, slots, busy ones."""
     connected, slots = db.one(COUNT_CONNECTED)
-    oldest = oldest_ready(db)
+    oldest = db.one(OLDEST_READY)[0]
     return {
         "jobs": {state: db.counts[state] + db.notes.moved[state] for state in STATES},
         "finished": db.totals.finished.total() + len(db.notes.finished),

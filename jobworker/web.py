@@ -323,7 +323,9 @@ class HttpConnection(BaseHTTPRequestHandler):
     def _stream(self, body: Iterator[bytes], chunked: bool, since: float) -> None:
         for piece in body:
             if piece:
-                self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece, since)
+                data = b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece
+                del piece  # of what a reader does not read there is one copy
+                self._send(data, since)
             elif self._caller_is_gone():
                 raise ConnectionAbortedError
         if chunked:

@@ -41,6 +41,8 @@ PARAMETERS = """
   timeout: 1m30s
 """
 
+LONG = {"environment": {"SCRIPT": "x" * 3_000}}
+
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -275,6 +277,26 @@ class TestHttp:
         ids = [job["id"] for job in api.http("POST", "/api/jobs", [{"name": "quick"}] * 20_000).json]
         listed = [job["id"] for job in api.get(f"/api/jobs?after={ids[0] - 1}")]
         assert listed == ids
+
+    def test_a_page_before_is_whole_and_in_order_however_long_it_is(self, api: Server) -> None:
+        ids = [
+            job["id"] for job in api.http("POST", "/api/jobs", [{"name": "quick"}, {"name": "sh", **LONG}] * 400).json
+        ]
+        for id_ in ids[5:700:7]:
+            api.http("DELETE", f"/api/jobs/{id_}")
+        for query in (
+            "",
+            "&state=queued",
+            "&name=sh",
+            "&state=cancelled,queued",
+            "&state=success",
+            "&state=cancelled&name=sh",
+        ):
+            listed = [job["id"] for job in api.get(f"/api/jobs?after={ids[0] - 1}{query}")]
+            assert listed == sorted(listed)
+            for limit in (1, 249, 600, 10_001):
+                page = api.get(f"/api/jobs?after={ids[0] - 1}&before={ids[-1]}&limit={limit}&full=1{query}")
+                assert [job["id"] for job in page] == [id_ for id_ in listed if id_ < ids[-1]][-limit:]
 
     def test_an_empty_list_queues_nothing(self, api: Server) -> None:
         assert api.http("POST", "/api/jobs", []).body == b"[]"

@@ -140,6 +140,19 @@ class TestReaders:
         with crowd(server, head(b"GET /api/jobs?full=1")):
             serves(server)
 
+    @pytest.mark.parametrize(("count", "script"), [(10_000, "x"), (600, "x" * 30_000)], ids=["many", "long"])
+    @pytest.mark.parametrize("query", ["?full=1", "?full=1&before=2147483647&limit=10000"])
+    def test_those_who_ask_for_much_and_do_not_read_cost_no_memory(
+        self, stage: Stage, query: str, count: int, script: str
+    ) -> None:
+        server = stage.server("--hold")
+        jobs = [{"name": "sh", "environment": {"SCRIPT": script}}] * 200
+        for _ in range(count // len(jobs)):
+            assert server.http("POST", "/api/jobs", jobs).status == 200
+        with crowd(server, head(b"GET /api/jobs" + query.encode()), 300):
+            serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
     def test_a_reader_that_takes_little_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Each piece is taken within the time that one may take; all together are not."""
         monkeypatch.setattr(web, "SEND_SECONDS", 2)

@@ -61,6 +61,8 @@ class TestQueryPlans:
         db = state.Database(database, random.Random())
         database.set_trace_callback(statements.append)
         state.page(db, states, name, 0, before, 50)
+        if before:
+            state.start_of_newest(db, states, name, 0, before, 50)
         database.set_trace_callback(None)
         assert statements
         for sql in statements:
