@@ -38,7 +38,6 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -48,6 +47,7 @@ import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
+from jobworker.dialling import Complaints, destination, explain
 from jobworker.identity import hold_name
 from jobworker.life import End, Life
 from jobworker.options import (
@@ -290,6 +290,7 @@ class Worker:
         self.options, self.name, self.world = options, name, world
         self.engine = Engine(world.command)
         self.cleaner = Cleaner(self.engine)
+        self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
         self.configs: dict[str, dict[str, Any]] = {}  # the attempts' lives have this very dict
         self.server_id: str | None = None
@@ -319,22 +320,25 @@ class Worker:
         delay = BACKOFF_FLOOR_SECONDS
         while True:
             began = clock()
+            error: Exception | None = None
             try:
-                await self._connect_once()
+                greeted = await self._connect_once()
+            except (OSError, WebSocketException) as caught:
+                greeted, error = False, caught
+            if isinstance(error, InvalidStatus) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
+                raise FatalError(explain(error, self.options.uri)) from error
+            if greeted:
                 log.info("disconnected")
-            except InvalidStatus as error:
-                if error.response.status_code == HTTPStatus.UNAUTHORIZED:
-                    raise FatalError(f"{self.options.uri} refuses this worker: {explain(error)}") from error
-                log.warning("can't connect to %s: %s", self.options.uri, explain(error))
-            except (OSError, WebSocketException) as error:
-                log.warning("can't connect to %s: %s", self.options.uri, explain(error))
+            elif complaint := self.complaints.about(error, clock()):
+                log.warning("%s", complaint)
             if clock() - began > STEADY_SECONDS:
                 delay = BACKOFF_FLOOR_SECONDS
             # Never at once: a server that accepts and then closes would be dialled thousands of times a second.
             await asyncio.sleep(delay * self.world.chance.uniform(1, 1.5))
             delay = min(delay * 2, BACKOFF_CEILING_SECONDS)
 
-    async def _connect_once(self) -> None:
+    async def _connect_once(self) -> bool:
+        """Serve one connection to its end; whether the server said something."""
         async with self.world.dial() as socket_:
             session = Session(socket_)
             await self._meet_server(session)
@@ -344,6 +348,7 @@ class Worker:
                 self._explain_close(error)
             finally:
                 self.session = None
+        return session.greeted
 
     def _explain_close(self, error: ConnectionClosed) -> None:
         if error.rcvd and error.rcvd.code == protocol.CLOSE_REPLACED:
@@ -398,6 +403,7 @@ class Worker:
     def _on_configs(self, configs: Any) -> None:
         if self.session and not self.session.greeted:
             self.session.greeted = True
+            self.complaints.reached()
             log.info("connected to %s as %s, %d slots", self.options.uri, self.name, self.options.slots)
         self.configs.clear()
         # Of two with one name, which a version 1 server may have, the first counts.
@@ -700,26 +706,6 @@ async def work(options: argparse.Namespace, name: str) -> int:
 # Starting up
 
 
-def explain(error: Exception) -> str:
-    if isinstance(error, InvalidStatus):
-        body = (error.response.body or b"").decode(errors="replace").strip()
-        return f"HTTP {error.response.status_code} {body[:300]}"
-    return str(error) or type(error).__name__
-
-
-def destination(text: str) -> str:
-    """Give the URL of `host:port/path`, as the original takes it, or of a ws:// or wss:// URL."""
-    url = text if re.match("wss?://", text) else f"ws://{text}"
-    try:
-        parts = urlsplit(url)
-        valid = parts.hostname and parts.path.startswith("/") and (parts.port or 1) > 0 and not re.search(r"\s", url)
-    except ValueError:
-        valid = False
-    if not valid:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT/PATH, as localhost:8080/runner, or a ws:// URL")
-    return url
-
-
 def slots(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots from 1 to 9999")
@@ -744,7 +730,7 @@ def worker_token(path: Path | None) -> str | None:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("A jobworker worker.", VERSION)
-    parser.add_argument("uri", metavar="DESTINATION", type=destination, help="localhost:8080/runner, or a wss:// URL")
+    parser.add_argument("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
     parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="the host's name and a number")
     parser.add_argument("--slots", type=slots, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
     parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")

@@ -278,9 +278,10 @@ class Stage:
         *arguments: str,
         name: str = "worker",
         connects: bool = True,
+        target: str | None = None,
         **environment: str,
     ) -> Worker:
-        target = f"127.0.0.1:{server.port}/runner"
+        target = target or f"127.0.0.1:{server.port}/runner"
         environment = {"PATH": f"{self.docker.folder}:{os.environ['PATH']}"} | environment
         worker = Worker(self.folder, "client.py", "--name", name, *arguments, target, **environment)
         self.programs.append(worker)
