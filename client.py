@@ -48,6 +48,7 @@ from jobworker import VERSION
 from jobworker.cleaner import Cleaner
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
 from jobworker.dialling import Complaints, destination, explain
+from jobworker.ends import how_long, why
 from jobworker.identity import hold_name
 from jobworker.life import End, Life
 from jobworker.options import (
@@ -55,10 +56,10 @@ from jobworker.options import (
     command_line,
     quiet_logger,
     raise_limit_of_files,
-    read_tokens,
     setting,
     settings,
     start_logging,
+    worker_token,
 )
 from jobworker.orphans import end_orphans
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
@@ -201,6 +202,7 @@ class Attempt:
     def __init__(self, life: Life, key: tuple[int, int], name: str, environment: dict[str, str]) -> None:
         self.key, self.name, self.environment = key, name, environment
         self.job, self.attempt = key
+        self.title = f"job {self.job} ({name})"
         self.state = "assigned"
         self.life = life
         self.result: Result | None = None
@@ -234,7 +236,7 @@ class Attempt:
         except (EngineAway, OSError) as error:  # also: more arguments than the system takes
             end = self.life.failure("docker", str(error))
         except Exception as error:
-            log.error("job %d: internal error", self.job, exc_info=error)
+            log.error("%s: internal error", self.title, exc_info=error)
             end = End(None, "worker")
         self.end(JobFailure(*self.key, end.code, end.reason) if end.reason else JobSuccess(*self.key))
         on_end(self)
@@ -243,6 +245,13 @@ class Attempt:
         self._move("end")
         self.result = result
         self.life.leave()
+
+    def result_in_words(self) -> str:
+        after = f" after {how_long(self.life.seconds)}" if self.life.seconds else ""
+        match self.result:
+            case JobFailure(_, _, exit_code, reason):
+                return f"was cancelled{after}" if reason == "cancelled" else f"failed{after}: {why(exit_code, reason)}"
+        return f"succeeded{after}"
 
     def stop(self, reason: str) -> None:
         self.life.stop(reason, at_once=self.state == "running")
@@ -382,7 +391,7 @@ class Worker:
         if runs_on and attempt.state in ("running", "unwanted"):
             attempt.disown()
             return
-        log.warning("job %d: another server is there now; letting it go", attempt.job)
+        log.warning("%s: another server is there now; letting it go", attempt.title)
         self._let_go(attempt)
 
     def _say_hello(self, session: Session) -> None:
@@ -404,7 +413,8 @@ class Worker:
         if self.session and not self.session.greeted:
             self.session.greeted = True
             self.complaints.reached()
-            log.info("connected to %s as %s, %d slots", self.options.uri, self.name, self.options.slots)
+            slots = "draining" if self.draining else f"{self.options.slots} slots"
+            log.info("connected to %s as %s, %s", self.options.uri, self.name, slots)
         self.configs.clear()
         # Of two with one name, which a version 1 server may have, the first counts.
         self.configs.update({config["name"]: config for config in reversed(configs)})
@@ -472,6 +482,7 @@ class Worker:
 
     def _start(self, attempt: Attempt) -> None:
         version = self.session.version if self.session else 2
+        log.info("%s starts, as %s", attempt.title, attempt.life.container)
         attempt.run(self._labels, self.options.allow_image, version, self._on_end)
 
     def _go_on(self, attempt: Attempt, offset: int) -> None:
@@ -497,12 +508,14 @@ class Worker:
                 self._ask()
                 self._leave_if_drained()
             return
-        log.debug("job %d (%s), attempt %d: %s", attempt.job, attempt.name, attempt.attempt, attempt.result)
+        log.info("%s %s", attempt.title, attempt.result_in_words())
         self._report(attempt)
         self._ask()
 
     def _let_go(self, attempt: Attempt) -> None:
         """The server has the result, or does not want it: whatever is left of the attempt goes."""
+        if attempt.state == "running":
+            log.info("%s is not wanted any more: stopping it", attempt.title)
         del self.held[attempt.key]
         attempt.let_go()
         self.cleaner.add(attempt.life.container)
@@ -528,7 +541,7 @@ class Worker:
             if container in gone or (job, number) in self.held:
                 continue
             attempt = self._hold((job, number), name, container, {}, reading=None)
-            log.info("job %d: found its container, %s", job, state)
+            log.info("%s: found its container, %s", attempt.title, state)
             attempt.adopt(self.world.wall, self._on_end)
 
     # Clock and signals
@@ -565,7 +578,10 @@ class Worker:
         for attempt in [attempt for attempt in self.held.values() if attempt.state == "assigned"]:
             del self.held[attempt.key]
         if self.held:
-            log.info("finishing %d jobs; a second signal leaves them running and ends at once", len(self.held))
+            running = f"finishing {len(self.held)}; a second signal leaves what runs running, and ends at once"
+            log.info("draining: taking no new job, %s", running)
+        else:
+            log.info("stopping")
         if self.session and self.session.version == 2:
             self._say_hello(self.session)
         self._leave_if_drained()
@@ -716,16 +732,6 @@ def worker_name(text: str) -> str:
     if not (1 <= len(text) <= 128 and text.isprintable()):
         raise argparse.ArgumentTypeError("a name has 1 to 128 printable characters")
     return text
-
-
-def worker_token(path: Path | None) -> str | None:
-    """Give the first token for workers in the token file, if there is one. Raises OptionError where it has none."""
-    if path is None:
-        return None
-    for *scope, token in read_tokens(path):
-        if scope in ([], ["worker"]):
-            return token
-    raise OptionError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

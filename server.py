@@ -41,14 +41,15 @@ from jobworker import VERSION, logs, state
 from jobworker.api import Api
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
 from jobworker.due import Scheduled, Scheduler
+from jobworker.ends import End, line_of
 from jobworker.options import (
     OptionError,
     command_line,
     quiet_logger,
     raise_limit_of_files,
-    read_tokens,
     setting,
     start_logging,
+    tokens_by_scope,
 )
 from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, NewJob, Order, Rules
 from jobworker.store import Commit, Store, StoreError
@@ -124,6 +125,11 @@ class ConnectedWorker:
         hello = self.hello
         about = (hello.name, self.protocol_version, hello.slots, hello.tags, self.address, hello.version, self.since)
         return Arrival(*about, held=hello.jobs)
+
+    def arrival_in_words(self) -> str:
+        if self.hello.slots == 0:
+            return f"at {self.address} is draining: it takes no new job and ends with the {len(self.jobs)} it has"
+        return f"connected from {self.address}, {self.hello.slots} slots"
 
     def free_slots(self, configs: Configs) -> FreeSlots:
         names = configs.names_for(self.hello.tags, self.protocol_version)
@@ -289,7 +295,7 @@ class Dispatcher:
         self._replace(self.workers.get(worker.id), worker)
         self.away.pop(worker.id, None)
         self.workers[worker.id] = worker
-        log.info("worker %s connected from %s, %d slots", worker.name, worker.address, worker.hello.slots)
+        log.info("worker %s %s", worker.name, worker.arrival_in_words())
         self._greet(worker, wanted)
         self._refresh_offer(worker)
         self.dispatch()
@@ -555,6 +561,13 @@ class Core:
             self.dispatcher.carry_out(order)
         if commit.ready:
             self.dispatcher.dispatch()
+        if commit.ends and log.isEnabledFor(logging.INFO):
+            self._tell(commit.ends)
+
+    def _tell(self, ends: Iterable[End]) -> None:
+        """Log each end, last of all: no worker waits for it."""
+        by_name = self.dispatcher.configs.by_name
+        log.info([line_of(end, by_name[end.name].retries if end.name in by_name else 0) for end in ends])
 
     async def run(self) -> None:
         """Do what time brings, until the database is broken."""
@@ -626,7 +639,7 @@ class Server:
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
-        if commit.calls or commit.orders or self.core.dispatcher.offers:
+        if commit.calls or commit.orders or commit.ends or self.core.dispatcher.offers:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 self.loop.call_soon_threadsafe(self.core.on_commit, commit)
 
@@ -657,7 +670,7 @@ class Server:
         ):
             threading.Thread(target=front.serve_forever, name="http", daemon=True).start()
             host = f"[{self.options.host}]" if ":" in self.options.host else self.options.host
-            log.info("listening on http://%s:%d", host, front.server_address[1])
+            log.info("%s; page and API: listening on http://%s:%d", self._sources(), host, front.server_address[1])
             ticking = asyncio.ensure_future(self.core.run())
             ticking.add_done_callback(lambda _task: self._stop(1))
             code = await self.stopped
@@ -666,6 +679,14 @@ class Server:
             ticking.cancel()
         await asyncio.to_thread(self.store.close)
         return code
+
+    def _sources(self) -> str:
+        path = self.options.database
+        database = (
+            "no database: all is forgotten at the end" if path == ":memory:" else f"database {Path(path).absolute()}"
+        )
+        jobs = len(self.core.dispatcher.configs.by_name)
+        return f"jobworker {VERSION}: {jobs} jobs in {self.options.jobs.absolute()}; {database}"
 
     def _introduce(self, _connection: object, _request: object, response: websockets.http11.Response) -> None:
         response.headers[protocol.SERVER_HEADER] = self.store.server_id
@@ -694,21 +715,6 @@ class Server:
 
 def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:
     return Subprotocol(VERSION_2) if VERSION_2 in offered else None
-
-
-def tokens_by_scope(path: Path | None) -> dict[str, set[str]]:
-    """Read the token file, if there is one. Raises OptionError where a line is wrong or a scope has no token."""
-    tokens: dict[str, set[str]] = {"api": set(), "worker": set()}
-    if path is None:
-        return tokens
-    for *scope, token in read_tokens(path):
-        if scope not in ([], ["api"], ["worker"]):
-            raise OptionError(f"{path}: each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
-        for name in scope or tokens:
-            tokens[name].add(token)
-    if not all(tokens.values()):
-        raise OptionError(f"{path}: it must hold a token for the API and one for workers")
-    return tokens
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:

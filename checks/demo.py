@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -34,23 +35,37 @@ class DemoError(Exception):
 
 
 @contextmanager
-def started(port: int, database: Path, workers: int, log: IO[str] | None) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Have a server and its workers, connected, for as long as the block runs; `log` None: they log to the terminal."""
+def started(port: int, database: Path, workers: int, log: IO[str]) -> Iterator[list[subprocess.Popen[str]]]:
+    """Have a server and its workers, connected, for as long as the block runs; each line in `log` says whose it is."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JOBWORKER_")}
-    commands = [["server.py", f"--port={port}", f"--database={database}", "jobs.yaml"]]
-    commands += [["client.py", f"localhost:{port}/runner"]] * workers
-    processes: list[subprocess.Popen[bytes]] = []
+    commands = {"server": ["server.py", f"--port={port}", f"--database={database}", "jobs.yaml"]}
+    commands |= {f"worker-{count}": ["client.py", f"localhost:{port}/runner"] for count in range(1, workers + 1)}
+    processes: list[subprocess.Popen[str]] = []
+    copies: list[threading.Thread] = []
     try:
-        for count, command in enumerate(commands):
-            processes.append(subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stderr=log))
+        for count, (name, command) in enumerate(commands.items()):
+            words = [sys.executable, *command]
+            process = subprocess.Popen(words, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+            processes.append(process)
+            copies.append(threading.Thread(target=copy_log, args=(name, process, log), daemon=True))
+            copies[-1].start()
             wait_for_workers(port, count, processes)
         yield processes
     finally:
         for process in reversed(processes):
             stop(process)
+        for copy in copies:
+            copy.join(STOP_SECONDS)
 
 
-def wait_for_workers(port: int, count: int, processes: list[subprocess.Popen[bytes]]) -> None:
+def copy_log(name: str, process: subprocess.Popen[str], log: IO[str]) -> None:
+    """Write each line of a program's log with its name, until the program ends."""
+    for line in process.stderr or ():
+        log.write(f"{name:8} | {line}")
+        log.flush()
+
+
+def wait_for_workers(port: int, count: int, processes: list[subprocess.Popen[str]]) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
         with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1) as answer:
@@ -60,7 +75,7 @@ def wait_for_workers(port: int, count: int, processes: list[subprocess.Popen[byt
     raise DemoError("The server and its workers did not come up: see above.")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[str]) -> None:
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -108,7 +123,7 @@ def curl(*arguments: str) -> str:
 def stay() -> None:
     """Run a server with its jobs.db and a worker, until a signal comes or one of them ends."""
     port = free_port()
-    with started(port, ROOT / "jobs.db", 1, None) as processes:
+    with started(port, ROOT / "jobs.db", 1, sys.stderr) as processes:
         print(f"\nThe dashboard: http://localhost:{port}\nA job: curl -XPOST localhost:{port}/api/jobs/hello-world")
         print("Ctrl-C ends both.\n", flush=True)
         while all(process.poll() is None for process in processes):

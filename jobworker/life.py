@@ -78,6 +78,11 @@ class Life:
         if at_once:
             self._stopping = asyncio.ensure_future(self._stop_container())
 
+    @property
+    def seconds(self) -> float | None:
+        """How long ago its container was started; None where it was not."""
+        return None if self._started is None else asyncio.get_running_loop().time() - self._started
+
     def is_too_old(self) -> bool:
         timeout = self.config.get("timeout")
         return bool(timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout)

@@ -48,6 +48,31 @@ def read_tokens(path: Path) -> list[list[str]]:
     return list(words.values())
 
 
+def tokens_by_scope(path: Path | None) -> dict[str, set[str]]:
+    """Read the token file, if there is one. Raises OptionError where a line is wrong or a scope has no token."""
+    tokens: dict[str, set[str]] = {"api": set(), "worker": set()}
+    if path is None:
+        return tokens
+    for *scope, token in read_tokens(path):
+        if scope not in ([], ["api"], ["worker"]):
+            raise OptionError(f"{path}: each line must be 'api TOKEN', 'worker TOKEN' or 'TOKEN'")
+        for name in scope or tokens:
+            tokens[name].add(token)
+    if not all(tokens.values()):
+        raise OptionError(f"{path}: it must hold a token for the API and one for workers")
+    return tokens
+
+
+def worker_token(path: Path | None) -> str | None:
+    """Give the first token for workers in the token file, if there is one. Raises OptionError where it has none."""
+    if path is None:
+        return None
+    for *scope, token in read_tokens(path):
+        if scope in ([], ["worker"]):
+            return token
+    raise OptionError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
+
+
 def quiet_logger() -> logging.Logger:
     """What websockets logs: failed handshakes are told by us where they matter, and its debug log would show tokens."""
     logger = logging.getLogger("websockets")
@@ -56,10 +81,17 @@ def quiet_logger() -> logging.Logger:
 
 
 class LineFormatter(logging.Formatter):
-    """A line an event: control characters, which a terminal might obey, are escaped."""
+    """A line an event: control characters, which a terminal might obey, are escaped.
+
+    A list of texts, `log.info([…])`, is a line each: a record for each would cost ten times as much.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        if isinstance(record.msg, list):
+            start = f"{self.formatTime(record)} {record.levelname} "
+            text = "\n".join(start + each for each in record.msg)
+        else:
+            text = super().format(record)
         return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda m: repr(m[0])[1:-1], text)
 
 

@@ -22,6 +22,8 @@ from heapq import heappop, heappush, merge
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
+from jobworker.ends import End
+
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
     ("queued", "cancel"): "cancelled",
@@ -82,11 +84,13 @@ COUNT_BUSY = f"""SELECT count(*) FROM job JOIN worker ON worker.id = job.worker
     WHERE {_ACTIVE} AND worker.connected"""
 CLAIM = "UPDATE job SET state = :to_state, worker = :worker, attempt = :attempt WHERE id = :id AND state = :from_state"
 START = f"UPDATE job SET state = :to_state, started_at = :now WHERE {_GUARD}"
-_ENDED = "RETURNING id, name, state, created_at, started_at, finished_at"
+_END = """id, name, state, attempt, failures, (SELECT worker.name FROM worker WHERE worker.id = job.worker), exit_code,
+    reason, created_at, started_at, finished_at"""
+GET_END = f"SELECT {_END} FROM job WHERE id = ?"
 FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = :reason, finished_at = :now
-    WHERE {_GUARD} {_ENDED}"""
+    WHERE {_GUARD} RETURNING {_END}"""
 END_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
-    WHERE id = :id AND state = :from_state {_ENDED}"""
+    WHERE id = :id AND state = :from_state RETURNING {_END}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
     started_at = NULL, log_bytes = 0, reading = 0 WHERE {_GUARD}"""
 KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finished_at, exit_code, reason, log_bytes)
@@ -189,17 +193,6 @@ class Order(NamedTuple):
     started: bool
 
 
-class Finished(NamedTuple):
-    """What a job's end says: for the metrics."""
-
-    id: int
-    name: str
-    state: str
-    created_at: float
-    started_at: float | None
-    finished_at: float
-
-
 class Arrival(NamedTuple):
     """What a worker that connects says of itself; held: (job, attempt, state) as the worker has them."""
 
@@ -242,12 +235,12 @@ class Totals:
         self.durations: dict[str, list[float]] = {}
         self.waits: dict[str, list[float]] = {}
 
-    def observe(self, finished: Iterable[Finished]) -> None:
-        for _id, name, final_state, created_at, started_at, finished_at in finished:
-            self.finished[name, final_state] += 1
-            if started_at is not None:  # by a clock that may have jumped meanwhile
-                self._add(self.durations, name, max(finished_at - started_at, 0))
-                self._add(self.waits, name, max(started_at - created_at, 0))
+    def observe(self, finished: Iterable[End]) -> None:
+        for end in finished:
+            self.finished[end.name, end.state] += 1
+            if end.started_at is not None:  # by a clock that may have jumped meanwhile
+                self._add(self.durations, end.name, max(end.finished_at - end.started_at, 0))
+                self._add(self.waits, end.name, max(end.started_at - end.created_at, 0))
 
     def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
         counts = histograms.setdefault(name, [0] * (len(HISTOGRAM_SECONDS) + 2))
@@ -264,7 +257,8 @@ class Notes:
     jobs: set[int] = field(default_factory=set)
     workers: set[int] = field(default_factory=set)
     ready: bool = False
-    finished: list[Finished] = field(default_factory=list)
+    finished: list[End] = field(default_factory=list)
+    retried: list[End] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
     tick: tuple[dict[str, Any], float] | None = None
 
@@ -331,7 +325,7 @@ def _move(db: Database, statement: str, event: str, from_state: str, job: int, *
     to_state = TRANSITIONS[from_state, event]
     cursor = db.execute(statement, {"id": job, "from_state": from_state, "to_state": to_state, **values})
     if to_state in FINAL_STATES:
-        ended = [Finished(*row) for row in cursor]
+        ended = [End(*row) for row in cursor]
         db.notes.finished += ended
         moved = bool(ended)
     else:
@@ -516,6 +510,8 @@ def _end_attempt(
         _move(db, FINISH, event, "running", row["id"], **values)
         _follow(db, now, rules)
         return
+    end = End(*db.one(GET_END, row["id"]))
+    db.notes.retried.append(end._replace(exit_code=exit_code, reason=reason, finished_at=now, retry_in=delay))
     db.execute(KEEP_ATTEMPT, {"id": row["id"], "now": now, "exit_code": exit_code, "reason": reason})
     db.execute(SET_CLOCK, (now,))
     _requeue(db, row, "retry", row["failures"] + 1, now + delay)
@@ -526,14 +522,10 @@ def _follow(db: Database, now: float, rules: Rules) -> None:
     ended = db.notes.finished[-1]
     follower = rules.follow_up(ended.name, ended.state)
     if follower:
-        row = db.one(GET_JOB, ended.id)
-        told = ("id", "name", "state", "reason", "exit_code", "attempt", "worker_name")
-        cause = {f"JOBWORKER_CAUSE_{key.removesuffix('_name').upper()}": _text(row[key]) for key in told}
+        told = ("id", "name", "state", "reason", "exit_code", "attempt", "worker")
+        values = ((key, getattr(ended, key)) for key in told)
+        cause = {f"JOBWORKER_CAUSE_{key.upper()}": "" if value is None else str(value) for key, value in values}
         add(db, [NewJob(*follower, cause=ended.id, variables=_as_json(cause))], now)
-
-
-def _text(value: object) -> str:
-    return "" if value is None else str(value)
 
 
 def _requeue(db: Database, row: sqlite3.Row, event: str, failures: int, not_before: float | None) -> None:

@@ -19,12 +19,13 @@ import queue
 import random
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jobworker.backup import copy_of
+from jobworker.ends import End
 from jobworker.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION
 from jobworker.state import Database, Notes, Order
 
@@ -50,11 +51,12 @@ class _Request(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """What one commit did: callbacks with their results, whether a claim may find more now, orders to workers."""
+    """What one commit did: callbacks with their results, whether a claim may find more now, orders to workers, ends."""
 
     calls: list[tuple[Callback, Any]]
-    ready: bool
-    orders: list[Order]
+    ready: bool = False
+    orders: Sequence[Order] = ()
+    ends: Sequence[End] = ()
 
 
 class Store:
@@ -68,8 +70,8 @@ class Store:
     ) -> None:
         """Open or create the database at `path` (":memory:" for none).
 
-        deliver: called by the store's thread after each commit that calls, orders or may let something run. Raises
-        StoreError where the file can't be used.
+        deliver: called by the store's thread after each commit with something to tell. Raises StoreError where the
+        file can't be used.
         """
         self.error: str | None = None
         self.broken = False
@@ -210,7 +212,7 @@ class Store:
         return StoreError(self.error)
 
     def _fail(self, group: list[_Request], error: Exception) -> None:
-        self._tell_loop([(request.callback, error) for request in group if request.callback], False, [])
+        self._tell_loop(Commit([(request.callback, error) for request in group if request.callback]))
         for request in group:
             if request.future and request.future.set_running_or_notify_cancel():
                 request.future.set_exception(error)
@@ -218,16 +220,16 @@ class Store:
     def _hand_out(self, group: list[_Request], results: list[Any], notes: Notes) -> None:
         calls = [(request.callback, result) for request, result in zip(group, results, strict=True) if request.callback]
         # The loop first: what a caller does on seeing its future done comes after it there.
-        self._tell_loop(calls, notes.ready, notes.orders)
+        self._tell_loop(Commit(calls, notes.ready, notes.orders, notes.retried + notes.finished))
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
                 request.future.set_result(result)
         for job in notes.jobs & self._database.watchers.keys():
             self._database.watchers.pop(job).set_result(None)
 
-    def _tell_loop(self, calls: list[tuple[Callback, Any]], ready: bool, orders: list[Order]) -> None:
-        if self._deliver and (calls or ready or orders):
-            self._deliver(Commit(calls, ready, orders))
+    def _tell_loop(self, commit: Commit) -> None:
+        if self._deliver and any(commit):
+            self._deliver(commit)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
