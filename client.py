@@ -74,6 +74,7 @@ from protocol import (
     JobSuccess,
     Log,
     Logged,
+    Pulling,
     ReadAgain,
     Reading,
     Settled,
@@ -207,6 +208,7 @@ class Attempt:
         self.life = life
         self.result: Result | None = None
         self._reported_on: Session | None = None
+        self._told: tuple[Session | None, str] = (None, "")  # of which pull, on which connection
         self._task: asyncio.Task[None] | None = None
 
     def _move(self, event: str) -> None:
@@ -268,6 +270,13 @@ class Attempt:
     def agrees(self, session: Session) -> bool:
         """Whether the server means this reading of the log, when it speaks of an offset."""
         return not session.knows_readings or self.life.output.in_force
+
+    def tell_pull(self, session: Session) -> None:
+        """Say what is being pulled, or that nothing is any more: it may take minutes before there is any log."""
+        told_on, image = self._told
+        if self.life.pulling != image or (image and told_on is not session):
+            self._told = session, self.life.pulling
+            session.send(Pulling(*self.key, self.life.pulling))
 
     def send_log(self, session: Session, limit: int) -> None:
         if not self.agrees(session):
@@ -558,6 +567,7 @@ class Worker:
                     # A flood is thinned out here: the rest of its middle never leaves this machine.
                     if self.session and self.session.version == 2 and not self.session.busy:
                         limit = LOG_PIECE_BYTES if attempt.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
+                        attempt.tell_pull(self.session)
                         attempt.send_log(self.session, limit)
 
     async def _sweep(self) -> None:

@@ -40,6 +40,7 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
                                                                       output on; gaps are allowed
      18 ReadAgain    int32 job, int32 attempt, int32 number   the log begins anew; answered by Reading and Logged, or
                                                               by Settled
+     19 Pulling      int32 job, int32 attempt, the image in UTF-8    it is being pulled; empty: it is no more
     both ways
      31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch; 512 KiB, or one message
 
@@ -79,6 +80,7 @@ MAX_JOB_ID = 2**31 - 1
 MAX_LOG_OFFSET = 2**62
 MAX_TAGS = 100
 MAX_HELD_JOBS = 20_000
+MAX_IMAGE_CHARACTERS = 300
 BATCH_BYTES = 512 * 1024
 # The peer's silence is noticed after at most the sum of both: within 30 s.
 PING_SECONDS = 15
@@ -191,7 +193,16 @@ class ReadAgain:
 
 
 FromServer = JobConfigs | Enqueue | Go | Stop | Settled | Logged | Reading
-FromWorker = JobRunning | JobSuccess | JobFailure | Hello | Log | ReadAgain
+
+
+@dataclass(frozen=True, slots=True)
+class Pulling:
+    job: int
+    attempt: int
+    image: str = ""
+
+
+FromWorker = JobRunning | JobSuccess | JobFailure | Hello | Log | ReadAgain | Pulling
 Message = FromServer | FromWorker
 
 
@@ -466,6 +477,19 @@ def _decode_log(frame: bytes, _version: int) -> Log:
     return Log(job, attempt, offset, frame[1 + _OFFSET.size :])
 
 
+def _encode_pulling(message: Pulling) -> bytes:
+    return b"\x13" + _JOB_ATTEMPT.pack(message.job, message.attempt) + message.image.encode()
+
+
+def _decode_pulling(frame: bytes, _version: int) -> Pulling:
+    try:
+        image = frame[_JOB_ATTEMPT.size + 1 :].decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"the image is not UTF-8 at byte {error.start}") from error
+    job, attempt = _JOB_ATTEMPT.unpack_from(frame, 1)
+    return Pulling(job, attempt, image[:MAX_IMAGE_CHARACTERS])
+
+
 def _encode_hello(message: Hello) -> bytes:
     keys = ("name", "slots", "tags", "version", "jobs")
     return b"\x10" + _to_json({key: getattr(message, key) for key in keys})
@@ -508,6 +532,7 @@ _ENCODERS: dict[type, Callable[[Any], bytes]] = {
     Hello: _encode_hello,
     Log: _encode_log,
     ReadAgain: _encode_number(18),
+    Pulling: _encode_pulling,
 }
 _FROM_SERVER: dict[int, Callable[[bytes, int], FromServer]] = {
     1: _decode_job_configs,
@@ -525,4 +550,5 @@ _FROM_WORKER: dict[int, Callable[[bytes, int], FromWorker]] = {
     16: _decode_hello,
     17: _decode_log,
     18: _decode_number(ReadAgain),
+    19: _decode_pulling,
 }

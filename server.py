@@ -65,6 +65,7 @@ from protocol import (
     JobSuccess,
     Log,
     Logged,
+    Pulling,
     ReadAgain,
     Reading,
     Settled,
@@ -176,6 +177,8 @@ def record_reports(
                     replies += [Reading(job, attempt, begun[0]), Logged(job, attempt, begun[1])]
                 else:
                     replies.append(Settled(job, attempt))
+            case Pulling(job, attempt, image):
+                state.note_pull(db, worker, job, attempt, image)
             case JobSuccess(job, attempt):
                 state.succeed(db, worker, job, attempt, now, rules)
                 replies.append(Settled(job, attempt))

@@ -272,6 +272,8 @@ class History(World):
 
     def check_result(self, row: sqlite3.Row) -> None:
         """Promises 4 and 5: success if and only if the container exited 0; its log is what it wrote."""
+        if str(row["reason"]).startswith("pulling"):
+            raise Broken(f"job {row['id']} is a {row['state']}, and still {row['reason']}")
         if (row["worker_name"] or "").startswith("version-1-"):
             self.check_original(row)
             return

@@ -63,6 +63,7 @@ class Life:
         self._stop_reason: str | None = None
         self._stopped = asyncio.Event()  # told to stop, or let go
         self._over = asyncio.Event()  # ended, or let go
+        self.pulling = ""  # the image that is being pulled
         self._stopping: asyncio.Task[None] | None = None
 
     @property
@@ -152,7 +153,9 @@ class Life:
         pull = asyncio.ensure_future(self._engine.provide_image(image, policy, config.get("platform")))
         stopped = asyncio.ensure_future(self._stopped.wait())
         limit = config.get("pull_timeout", PULL_TIMEOUT_SECONDS)
+        self.pulling = image
         await asyncio.wait([pull, stopped], timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        self.pulling = ""
         stopped.cancel()
         if pull.done():
             return pull.result()

@@ -92,7 +92,8 @@ FINISH = f"""UPDATE job SET state = :to_state, exit_code = :exit_code, reason = 
 END_WAITING = f"""UPDATE job SET state = :to_state, reason = :reason, finished_at = :now, not_before = NULL
     WHERE id = :id AND state = :from_state RETURNING {_END}"""
 REQUEUE = f"""UPDATE job SET state = :to_state, worker = NULL, failures = :failures, not_before = :not_before,
-    started_at = NULL, log_bytes = 0, reading = 0 WHERE {_GUARD}"""
+    started_at = NULL, reason = NULL, log_bytes = 0, reading = 0 WHERE {_GUARD}"""
+SET_REASON = "UPDATE job SET reason = ? WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
 KEEP_ATTEMPT = """INSERT INTO attempt (job, attempt, worker, started_at, finished_at, exit_code, reason, log_bytes)
     SELECT id, attempt, worker, started_at, :now, :exit_code, :reason, log_bytes FROM job WHERE id = :id"""
 ATTEMPTS = """SELECT attempt.*, worker.name AS worker_name FROM attempt
@@ -472,6 +473,12 @@ def start(db: Database, worker: int, job: int, attempt: int, now: float) -> bool
     if _move(db, START, "start", "assigned", job, attempt=attempt, worker=worker, now=now):
         return True
     return db.one(LOG_STATE, job, attempt, worker) is not None
+
+
+def note_pull(db: Database, worker: int, job: int, attempt: int, image: str) -> None:
+    """Note which image a running attempt waits for; "": none any more."""
+    if db.execute(SET_REASON, (f"pulling {image}" if image else None, job, attempt, worker)).rowcount:
+        db.notes.jobs.add(job)
 
 
 def succeed(db: Database, worker: int, job: int, attempt: int, now: float, rules: Rules) -> bool:

@@ -296,3 +296,31 @@ class TestGivingUp:
         server.start()
         assert leaves_at_once(stage, worker, job)
         assert worker.said("refuses this worker: HTTP 401")
+
+
+class TestPull:
+    """While an image is pulled, the job's reason says so."""
+
+    def test_it_is_the_reason_until_the_container_starts(self, stage: Stage) -> None:
+        server = stage.server()
+        (stage.docker.folder / "images").write_text("")
+        (stage.docker.folder / "registry").write_text("busybox")
+        stage.docker.delay("pull", 1)
+        stage.worker(server)
+        job = server.sh("while :; do sleep 0.05; done")
+        until(lambda: server.job(job)["reason"] == "pulling busybox")
+        until(lambda: server.job(job)["reason"] is None)
+        assert server.job(job)["state"] == "running"
+        server.http("DELETE", f"/api/jobs/{job}")
+
+    def test_who_connects_again_says_it_again(self, stage: Stage) -> None:
+        server = stage.server(jobs="- {name: a, image: far}")
+        (stage.docker.folder / "registry").write_text("far")
+        stage.docker.delay("pull", 2)
+        stage.worker(server)
+        job = server.post("a")
+        until(lambda: server.job(job)["reason"] == "pulling far")
+        server.kill()
+        server.start()
+        assert server.job(job)["reason"] == "pulling far"
+        assert server.ended(job)["reason"] is None

@@ -169,4 +169,5 @@ SAMPLES: dict[Any, Any] = {
     protocol.Log: protocol.Log(1, 1, 0, b""),
     protocol.Reading: protocol.Reading(1, 1, 1),
     protocol.ReadAgain: protocol.ReadAgain(1, 1, 1),
+    protocol.Pulling: protocol.Pulling(1, 1, "host.example:5000/straße"),
 }
