@@ -106,6 +106,11 @@ KILL_SECONDS = 5
 Result = JobSuccess | JobFailure
 OnEnd = Callable[["Attempt"], None]
 
+EXAMPLE = """\
+  python client.py localhost:8080
+  python client.py --slots 4 --tag gpu --token-file token wss://jobs.example.org/runner
+"""
+
 log = logging.getLogger("worker")
 
 
@@ -745,13 +750,17 @@ def worker_name(text: str) -> str:
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_line("A jobworker worker.", VERSION)
+    parser = command_line("A jobworker worker.", VERSION, EXAMPLE)
     parser.add_argument("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
-    parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="the host's name and a number")
+    parser.add_argument(
+        "--name", type=worker_name, default=setting("NAME"), help="who it is (the host's name and a number)"
+    )
     parser.add_argument("--slots", type=slots, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
     parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")
     parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
-    parser.add_argument("--docker", default=setting("DOCKER", "docker"), help="the command (docker)")
+    parser.add_argument(
+        "--docker", default=setting("DOCKER", "docker"), help="the command that runs containers (docker)"
+    )
     parser.add_argument("--allow-image", action="append", metavar="GLOB", help="run only images like this")
     options = parser.parse_args(arguments)
     options.tags = options.tags or settings("TAGS")

@@ -14,11 +14,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import ipaddress
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import threading
@@ -44,7 +42,9 @@ from jobworker.due import Scheduled, Scheduler
 from jobworker.ends import End, line_of
 from jobworker.options import (
     OptionError,
+    check_host,
     command_line,
+    port_number,
     quiet_logger,
     raise_limit_of_files,
     setting,
@@ -82,6 +82,11 @@ PRUNE_JOBS = 50
 GONE_JOBS = 500
 CLOCK_JUMP_SECONDS = 2
 DISTRUST_SECONDS = 3_600
+
+EXAMPLE = """\
+  python server.py jobs.yaml
+  python server.py --host 0.0.0.0 --token-file tokens --keep 90d jobs.yaml
+"""
 
 log = logging.getLogger("server")
 
@@ -721,20 +726,32 @@ def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = command_line("The jobworker server.", VERSION)
-    parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the jobs there are")
-    parser.add_argument("-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0: a free one")
+    parser = command_line("The jobworker server.", VERSION, EXAMPLE)
+    parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the file with the jobs there are")
+    parser.add_argument(
+        "-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0 takes a free one"
+    )
     parser.add_argument("--host", default=setting("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
-    parser.add_argument("--database", default=setting("DATABASE"), help="jobs.db beside JOBS_YAML; :memory: for none")
+    parser.add_argument(
+        "--database",
+        default=setting("DATABASE"),
+        help="the file that holds all jobs (jobs.db beside JOBS_YAML); :memory: forgets them",
+    )
     parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
     parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
     hold = setting("HOLD") in ("1", "true", "yes")
     parser.add_argument("--hold", action="store_true", default=hold, help="keep jobs until a worker comes")
     parser.add_argument(
-        "--grace", type=duration, default=setting("GRACE", "60"), help="how long a worker may be away (60s)"
+        "--grace",
+        type=duration,
+        default=setting("GRACE", "60"),
+        help="how long a worker may be away before its jobs are lost (60s)",
     )
     parser.add_argument(
-        "--keep", type=duration, default=setting("KEEP", "30d"), help="how long ended jobs stay (30d); 0: ever"
+        "--keep",
+        type=duration,
+        default=setting("KEEP", "30d"),
+        help="how long ended jobs stay (30d); 0 keeps them for ever",
     )
     parser.add_argument("--check", action="store_true", help="only check JOBS_YAML")
     options = parser.parse_args(arguments)
@@ -747,22 +764,6 @@ def duration(text: str) -> float:
         return parse_duration(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
-
-
-def port_number(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
-    return int(text)
-
-
-def check_host(options: argparse.Namespace) -> None:
-    """Refuse to be open to a network without tokens."""
-    try:
-        loopback = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not options.tokens["api"] and not options.insecure:
-        raise OptionError(f"--host: {options.host} is open to the network: give --token-file, or --insecure")
 
 
 def main() -> int:

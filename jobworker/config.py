@@ -4,13 +4,12 @@ YAML only gives the shape of the file (its nodes, never constructed values), so 
 cannot turn into 8 unnoticed. What could make the shape itself costly, depth and aliases, is looked for beforehand.
 """
 
-import difflib
 import json
 import math
 import random
 import re
 import shlex
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from jobworker.hints import explain_yaml, folded, hint_for_key, shell_word
 from jobworker.pattern import TooLong, compiled
 from jobworker.schedule import Schedule
 
@@ -244,11 +244,7 @@ def _parse(text: str) -> tuple[yaml.Node, list[ConfigError]]:
         refused = _refused(yaml.parse(text, Loader=YAML_LOADER))
         root = yaml.compose(text, Loader=YAML_LOADER)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line, column = (mark.line, mark.column) if mark else (0, 0)
-        tab = "".join(text.splitlines()[line : line + 1]).lstrip(" ").startswith("\t")
-        reason = ": ".join(filter(None, (error.context, error.problem))) + "; indent with spaces, not tabs" * tab
-        raise ConfigError((line + 1, column + 1, reason)) from None
+        raise ConfigError(explain_yaml(text, error)) from None
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # without libyaml "\UFFFFFFFF" reaches chr()
         raise ConfigError((0, 0, f"is not YAML: {error}")) from None
     if root is None:
@@ -380,20 +376,17 @@ def _map(key_reader: Reader, value_reader: Callable[[str], Reader], needed: tupl
                 ) from None
 
         written = [key.value for key, _ in node.value]
-        missing = [_error(node, f'"{key}" is missing') for key in needed if key not in written]
+        missing = [_error(node, f'"{key}" is missing{folded(node.value)}') for key in needed if key not in written]
         return dict(_each(node.value, read_pair, missing))
 
     return read
 
 
-def _one_of(names: Iterable[str]) -> Reader:
+def _one_of(names: Collection[str]) -> Reader:
     def read(node: yaml.Node) -> str:
         name: str = _TEXT(node)
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
-            hint = "merge keys are not supported: write the keys out" if name == "<<" else hint
-            raise _error(node, f"{_show(name)} is no key here; {hint}")
+            raise _error(node, f"{_show(name)} is no key here; {hint_for_key(name, names)}")
         return name
 
     return read
@@ -422,9 +415,13 @@ def _value(node: yaml.Node) -> str | None:
 
 
 def _words(node: yaml.Node) -> str | tuple[str, ...] | None:
-    if isinstance(node, yaml.SequenceNode):
-        return tuple(_each(node.value, _ANY_TEXT))
-    return None if _kind(node) == "null" else str(_COMMAND_LINE(node))
+    if _kind(node) == "null":
+        return None
+    is_list = isinstance(node, yaml.SequenceNode)
+    words: str | tuple[str, ...] = tuple(_each(node.value, _ANY_TEXT)) if is_list else str(_COMMAND_LINE(node))
+    if mistake := shell_word(words):
+        raise _error(node, mistake)
+    return words
 
 
 def _options(node: yaml.Node) -> tuple[str, ...]:

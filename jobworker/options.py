@@ -1,6 +1,7 @@
 """What both command lines do alike: options, the token file, the log, the limit of open files."""
 
 import argparse
+import ipaddress
 import logging
 import os
 import re
@@ -14,9 +15,13 @@ class OptionError(Exception):
     """An option, or the file that it names, is wrong. The message says which one, and why."""
 
 
-def command_line(description: str, version: str) -> argparse.ArgumentParser:
-    """Give a parser with the options that both programs have."""
-    parser = argparse.ArgumentParser(description=description, epilog="Options may be set as JOBWORKER_….")
+def command_line(description: str, version: str, example: str) -> argparse.ArgumentParser:
+    """Give a parser with the options that both programs have; its help ends with the example."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"An option may be set by a variable, too, --token-file as JOBWORKER_TOKEN_FILE.\n\nexample:\n{example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("-V", "--version", action="version", version=f"jobworker {version}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log more")
     return parser
@@ -30,6 +35,22 @@ def setting(name: str, otherwise: str | None = None) -> str | None:
 def settings(name: str) -> list[str]:
     """Give the same for an option that may be repeated: its values, separated by commas."""
     return [word for word in (setting(name) or "").split(",") if word]
+
+
+def port_number(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port")
+    return int(text)
+
+
+def check_host(options: argparse.Namespace) -> None:
+    """Refuse to be open to a network without tokens."""
+    try:
+        loopback = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        loopback = False
+    if not loopback and not options.tokens["api"] and not options.insecure:
+        raise OptionError(f"--host: {options.host} is open to the network: give --token-file, or --insecure")
 
 
 def read_tokens(path: Path) -> list[list[str]]:

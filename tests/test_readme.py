@@ -59,6 +59,14 @@ class TestReference:
         assert [path for path in paths if f"{path}`" not in REFERENCE] == []
 
     @pytest.mark.parametrize("program", ["server.py", "client.py"])
+    def test_the_help_ends_with_an_example(self, program: str) -> None:
+        command = [sys.executable, str(ROOT / program), "-h"]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "JOBWORKER_TOKEN_FILE" in shown
+        assert f"  python {program} " in shown.partition("\nexample:\n")[2]
+        assert ": ever" not in shown
+
+    @pytest.mark.parametrize("program", ["server.py", "client.py"])
     def test_it_names_every_option(self, program: str) -> None:
         command = [sys.executable, str(ROOT / program), "-h"]
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
