@@ -205,8 +205,8 @@ class Docker:
 
 FORBIDDEN = (
     b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: 22\r\n\r\n"
+    b'{"message": "not you"}'
 )
-FORBIDDEN += b'{"message": "not you"}'
 
 
 @contextlib.contextmanager

@@ -232,17 +232,15 @@ def provide_docker(folder: Path) -> str:
     return f"{folder}/engine/docker"
 
 
-def take_out(revision: str, folder: Path) -> None:
-    """Lay out the files of a revision. Raises SystemExit with git's complaint."""
+def archive_of(revision: str) -> bytes:
+    """Give the files of a revision, as a tar. Raises SystemExit with git's complaint."""
     archive = subprocess.run(["git", "-C", ROOT, "archive", revision], capture_output=True, check=False)
     if archive.returncode:
         raise SystemExit(f"{revision} can't be taken from the history: {archive.stderr.decode().strip()}")
-    folder.mkdir()
-    subprocess.run(["tar", "-x", "-C", folder], input=archive.stdout, check=True)
+    return archive.stdout
 
 
-async def play_all(folder: Path, revision: str) -> int:
-    take_out(revision, folder / "old")
+async def play_all(folder: Path) -> int:
     programs, docker = {"old": folder / "old", "new": ROOT}, provide_docker(folder)
     bad = 0
     for number, scenario in enumerate(SCENARIOS):
@@ -252,7 +250,7 @@ async def play_all(folder: Path, revision: str) -> int:
             broken = await play.run()
         print(f"{'BROKEN' if broken else 'kept  '}  {scenario}", *broken, sep="\n        ", flush=True)
         bad += bool(broken)
-    print(f"{len(SCENARIOS) - bad} of {len(SCENARIOS)} scenarios kept every promise (old: {revision})")
+    print(f"{len(SCENARIOS) - bad} of {len(SCENARIOS)} scenarios kept every promise")
     return bad
 
 
@@ -260,8 +258,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("revision", metavar="REVISION", help="of the old files, for example 05975836a5c0 (1.0.0)")
     options = parser.parse_args()
+    archive = archive_of(options.revision)
     folder = Path(tempfile.mkdtemp(prefix="upgrade-"))
-    if asyncio.run(play_all(folder, options.revision)):
+    (folder / "old").mkdir()
+    subprocess.run(["tar", "-x", "-C", folder / "old"], input=archive, check=True)
+    if asyncio.run(play_all(folder)):
         print(f"kept: {folder}")
         return 1
     shutil.rmtree(folder)
