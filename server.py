@@ -37,6 +37,7 @@ from websockets.typing import Subprotocol
 import protocol
 from jobworker import VERSION, logs, state
 from jobworker.api import Api
+from jobworker.clock import Clock, WatchedClock, steady_clock
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
 from jobworker.due import Scheduled, Scheduler
 from jobworker.ends import End, line_of
@@ -80,8 +81,6 @@ TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
 GONE_JOBS = 500
-CLOCK_JUMP_SECONDS = 2
-DISTRUST_SECONDS = 3_600
 
 EXAMPLE = """\
   python server.py jobs.yaml
@@ -485,43 +484,6 @@ def read_configs(path: Path) -> tuple[Configs, dict[int, bytes]]:
     """Read a jobs.yaml, which takes seconds for a large one. Raises ConfigError."""
     configs = Configs(load_jobs(path))
     return configs, config_frames(configs)
-
-
-Clock = Callable[[], float]
-
-
-def steady_clock() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class WatchedClock:
-    """Seconds since the epoch, and a look at whether somebody has set the clock.
-
-    clock: what may be set; steady: seconds that go on also while the machine sleeps. on_jump: called with the seconds
-    by which it was set and the time it shows now, before that is given. May be read from any thread.
-    """
-
-    def __init__(
-        self, on_jump: Callable[[float, float], object], clock: Clock = time.time, steady: Clock = steady_clock
-    ) -> None:
-        self._on_jump, self._clock, self._steady = on_jump, clock, steady
-        self._offset = clock() - steady()
-        self._trusted_from = steady()
-        self._lock = threading.Lock()
-
-    def __call__(self) -> float:
-        with self._lock:
-            now = self._clock()
-            offset = now - self._steady()
-            jump, self._offset = offset - self._offset, offset
-            if abs(jump) >= CLOCK_JUMP_SECONDS:
-                self._trusted_from = self._steady() + DISTRUST_SECONDS
-                self._on_jump(jump, now)
-            return now
-
-    def was_set_lately(self) -> bool:
-        """Whether it was set within the last hour: what is pruned for its age is not to be had back."""
-        return self._steady() < self._trusted_from
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,13 @@ MUTANTS = (
         "        shift_delays(db, now - clock, now)\n",
         "        pass\n",
     ),
-    Mutant("a jump is seen", "server.py", "server_limps and Clock", "if abs(jump) >= CLOCK_JUMP_SECONDS:", "if False:"),
+    Mutant(
+        "a jump is seen",
+        "jobworker/clock.py",
+        "server_limps and Clock",
+        "if abs(jump) >= CLOCK_JUMP_SECONDS:",
+        "if False:",
+    ),
     Mutant(
         "a key belongs to a body",
         "jobworker/state.py",

@@ -4,6 +4,7 @@ YAML only gives the shape of the file (its nodes, never constructed values), so 
 cannot turn into 8 unnoticed. What could make the shape itself costly, depth and aliases, is looked for beforehand.
 """
 
+import difflib
 import json
 import math
 import random

@@ -17,9 +17,10 @@ from websockets.sync.client import connect
 
 import protocol
 from jobworker import state
+from jobworker.clock import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, WatchedClock
 from jobworker.config import Configs, JobConfig
 from jobworker.store import Store
-from server import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, MAX_UNSTORED_BYTES, Dispatcher, WatchedClock
+from server import MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
 from tests.stage import Server, Stage, problem, until
 
