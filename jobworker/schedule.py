@@ -125,8 +125,11 @@ class _Text:
     either: bool  # a day counts that fits one of the day fields
 
     def counts(self, day: date) -> bool:
-        in_month, in_week = day.day in self.days, day.isoweekday() % 7 in self.weekdays
-        return day.month in self.months and (in_month or in_week if self.either else in_month and in_week)
+        if day.month not in self.months:
+            return False
+        if self.either:
+            return day.day in self.days or day.isoweekday() % 7 in self.weekdays
+        return day.day in self.days and day.isoweekday() % 7 in self.weekdays
 
     def due(self, midnight: int, clocks: _Clocks, after: float, until: float) -> set[int]:
         """Give what is due in (after, until] on a local day; `midnight` is its begin, read as if it were in UTC."""
@@ -172,14 +175,16 @@ class Schedule:
         """Give the first due time after an instant; infinity if there is none up to the year 9998."""
         for day in self._days(after, math.inf, 1):
             if due := self._due_on(day, after, math.inf):
-                return min(due | self._due_on(day + 1, after, min(due)))  # in a fold days may overlap
+                first = min(due)
+                return min(self._due_on(day + 1, after, first), default=first)  # in a fold days may overlap
         return math.inf
 
     def latest_due(self, after: float, now: float) -> float | None:
         """Give the last due time in (after, now], searched backwards from now; None if there is none."""
         for day in self._days(after, now, -1):
             if due := self._due_on(day, after, now):
-                return max(due | self._due_on(day - 1, max(due), now))
+                last = max(due)
+                return max(self._due_on(day - 1, last, now), default=last)
         return None
 
     def count_due(self, after: float, now: float, limit: int = 1000) -> int:
@@ -203,7 +208,8 @@ class Schedule:
                 yield from range(max(begin, first), min(end, last + 1))[::step]
 
     def _due_on(self, day: int, after: float, until: float) -> set[int]:
-        if not (texts := [text for text in self._texts if text.counts(date.fromordinal(day))]):
+        local_day = date.fromordinal(day)
+        if not (texts := [text for text in self._texts if text.counts(local_day)]):
             return set()
         midnight, clocks = (day - EPOCH) * DAY_SECONDS, _clocks(self._zone, day)
         return set[int]().union(*(text.due(midnight, clocks, after, until) for text in texts))
