@@ -23,7 +23,7 @@ from jobworker.schedule import Schedule, ScheduleError
 
 MINUTE, DAY = 60, 86_400
 WINDOW_DAYS = 3
-LISTS_PER_WINDOW = 50
+LISTS_PER_WINDOW = 25
 
 # A zone and a day in UTC on which its clocks change. Each is looked at with the day before and the day after.
 CHANGES = [
