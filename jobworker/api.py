@@ -26,7 +26,7 @@ from jobworker.message import ApiError, Request, Response, as_json, read_items, 
 from jobworker.metrics import metrics_text
 from jobworker.routes import Parameter, Route, flag, integer
 from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
-from jobworker.store import CopyUnderWayError, Store, StoreError
+from jobworker.store import Store, StoreError
 from jobworker.web import take_turn
 
 HEARTBEAT_SECONDS = 15
@@ -37,6 +37,8 @@ MAX_LOG_OFFSET = 2**62
 PAGE_JOBS = 250
 PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
+SLOWEST_COPY_BYTES = 256 * 1024  # a second, once COPY_SECONDS are over
+COPY_SECONDS = 60
 MAX_PAGE_JOBS = 10_000
 MAX_LIST_JOBS = 20_000  # a transaction of so many holds up the others for a fifth of a second
 SHORT_LIST_BYTES = 1_024  # longer ones are read and queued one at a time
@@ -279,6 +281,7 @@ class Api:
         self.events = Events(store, self._show)
         self.paging = threading.Semaphore(PAGES_AT_ONCE)
         self.long_lists = threading.Semaphore(1)
+        self.copying = threading.Lock()  # until it is sent: it takes room on the disk
 
     def answer(self, request: Request) -> Response:
         """Answer a request. Raises ApiError, ConnectionAbortedError where the caller has gone, and nothing else."""
@@ -571,16 +574,30 @@ class Api:
         """A copy of the database, to be put in place of a lost one.
 
         It holds every job accepted before this request, and most of those accepted while it is made; nobody has to wait
-        for it. It has a server identity of its own. One copy is made at a time.
+        for it. It has a server identity of its own. One copy is made and sent at a time; a reader that takes less than
+        256 KiB a second is left after a minute.
         """
         headers = {"Content-Disposition": time.strftime('attachment; filename="jobs-%Y%m%dT%H%M%SZ.db"', time.gmtime())}
         if request.method == "HEAD":
             return Response(iter(()), content_type=SQLITE, headers=headers)
+        copy = self._copy(request)
+        next(copy)  # makes it: from now on its end, whatever that is, makes room for the next one
+        return Response(copy, content_type=SQLITE, headers=headers)
+
+    def _copy(self, request: Request) -> Iterator[bytes]:
+        if not self.copying.acquire(blocking=False):
+            raise ApiError(HTTPStatus.CONFLICT, "another copy is being made or sent; ask again in a moment")
         try:
-            file = self.store.backup(request.caller_is_gone)
-        except CopyUnderWayError:
-            raise ApiError(HTTPStatus.CONFLICT, "another copy is being made; ask again in a moment") from None
-        return Response(iter(lambda: file.read(COPY_PIECE_BYTES), b""), content_type=SQLITE, headers=headers)
+            with self.store.backup(request.caller_is_gone) as file:
+                yield b""
+                slow_from = time.monotonic() + COPY_SECONDS
+                while piece := file.read(COPY_PIECE_BYTES):
+                    yield piece
+                    slow_from += len(piece) / SLOWEST_COPY_BYTES
+                    if time.monotonic() > slow_from:
+                        raise ConnectionAbortedError
+        finally:
+            self.copying.release()
 
     def get_description(self, request: Request) -> Response:  # noqa: ARG002
         """This description, as OpenAPI 3.1."""

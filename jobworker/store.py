@@ -39,10 +39,6 @@ class StoreError(Exception):
     """The database could not do it: disk full, an I/O error, another server on the file."""
 
 
-class CopyUnderWayError(Exception):
-    """One copy of the database is made at a time."""
-
-
 class _Request(NamedTuple):
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -76,7 +72,6 @@ class Store:
         self.error: str | None = None
         self.broken = False
         self._path = None if path == ":memory:" else Path(path).absolute()
-        self._copying = threading.Lock()
         self._copy: tuple[Future[BinaryIO], Callable[[], bool]] | None = None
         self._deliver = deliver
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
@@ -108,18 +103,13 @@ class Store:
     def backup(self, caller_is_gone: Callable[[], bool]) -> BinaryIO:
         """Copy the database, and wait for it; the copy holds every job whose `do` was done before.
 
-        Raises CopyUnderWayError, StoreError where there is no room for it, and ConnectionAbortedError once the caller
-        is gone.
+        To be called for one copy at a time. Raises StoreError where there is no room for it, and ConnectionAbortedError
+        once the caller is gone.
         """
-        if not self._copying.acquire(blocking=False):
-            raise CopyUnderWayError
-        try:
-            copy: Future[BinaryIO] = Future()
-            self._copy = copy, caller_is_gone
-            self.do(lambda _database: None)  # wakes the thread
-            return copy.result()
-        finally:
-            self._copying.release()
+        copy: Future[BinaryIO] = Future()
+        self._copy = copy, caller_is_gone
+        self.do(lambda _database: None)  # wakes the thread
+        return copy.result()
 
     def close(self) -> None:
         """Finish what is queued and close the file."""

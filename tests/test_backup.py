@@ -17,7 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
+import pytest
+
+from jobworker import api as api_module
 from jobworker import store as store_module
+from jobworker.config import Configs
+from jobworker.message import parse_head
 from tests.stage import Server, Stage, problem, until
 
 
@@ -169,6 +174,30 @@ class TestCopy:
             caller.sendall(b"GET /api/backup HTTP/1.1\r\nHost: localhost\r\n\r\n")
             until(lambda: has_copy_open(server))
             assert "another copy" in problem(server.http("GET", "/api/backup"), 409)
+
+    def test_one_that_is_not_read_is_the_only_one_on_the_disk(self, stage: Stage) -> None:
+        filled(stage, 20)
+        server = stage.server("--hold")
+        with socket.create_connection(("127.0.0.1", server.port)) as caller:
+            caller.sendall(b"GET /api/backup HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert caller.recv(100).startswith(b"HTTP/1.1 200 ")
+            start = time.monotonic()
+            assert "another copy" in problem(server.http("GET", "/api/backup"), 409)
+            assert server.post("quick")
+            assert time.monotonic() - start < 1
+        until(lambda: server.http("GET", "/api/backup", seconds=60).status == 200)
+
+    def test_one_that_is_read_too_slowly_ends(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api_module, "COPY_SECONDS", 0)
+        store = store_module.Store(":memory:").start()
+        with contextlib.closing(store):
+            api = api_module.Api(store, Configs([]), hold=True)
+            asked = parse_head(b"GET /api/backup HTTP/1.1\r\nHost: localhost")
+            assert len(b"".join(api.get_backup(asked).body)) > 10_000  # type: ignore[arg-type]
+            monkeypatch.setattr(api_module, "SLOWEST_COPY_BYTES", 10**12)
+            for _ in range(2):  # the next one finds its place free
+                with pytest.raises(ConnectionAbortedError):
+                    list(api.get_backup(asked).body)
 
     def test_a_server_killed_over_it_leaves_nothing(self, stage: Stage) -> None:
         filled(stage, 100)
