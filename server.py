@@ -74,6 +74,7 @@ from protocol import (
 )
 
 MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_SILENT = 512  # connections that have said nothing yet; of more, the oldest are ended
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
@@ -219,6 +220,7 @@ class Dispatcher:
         self._claiming = False
         self._claim_again = False
         self._attaching: Counter[str] = Counter()  # how many connections of a name do so
+        self._silent: dict[ServerConnection, None] = {}  # those that have said nothing yet
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
         self._closing: set[asyncio.Future[None]] = set()
@@ -234,10 +236,12 @@ class Dispatcher:
     async def serve(self, socket: ServerConnection) -> None:
         """Serve one connection of a worker, from its handshake to its end."""
         try:
+            self._bound_silent(socket)
             worker = ConnectedWorker(socket, self._write, await self._hello(socket), self._clock())
             try:
                 await self._attach(worker)
                 async for data in socket:
+                    self._silent.pop(socket, None)
                     messages = protocol.decode_from_worker(data, worker.protocol_version)
                     if messages and isinstance(messages[0], Hello):
                         await self._on_second_hello(worker, messages)
@@ -255,12 +259,23 @@ class Dispatcher:
             await socket.close(CloseCode.POLICY_VIOLATION, f"no Hello within {HELLO_SECONDS} s")
         except (ConnectionClosed, StoreError):
             pass  # reported by _detach, or by the store
+        finally:
+            self._silent.pop(socket, None)
+
+    def _bound_silent(self, socket: ServerConnection) -> None:
+        """Count a new connection among those that have said nothing; end the oldest of too many."""
+        self._silent[socket] = None
+        if len(self._silent) > MAX_SILENT:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.transport.abort()
 
     async def _hello(self, socket: ServerConnection) -> Hello:
         if socket.subprotocol != VERSION_2:
             return Hello(f"version-1-{self._chance.getrandbits(32):08x}", 1, (), "1", ())
         async with asyncio.timeout(HELLO_SECONDS):
             messages = protocol.decode_from_worker(await socket.recv(), 2)
+        self._silent.pop(socket, None)
         if len(messages) != 1 or not isinstance(messages[0], Hello):
             raise protocol.ProtocolError("the first frame must be Hello")
         return messages[0]
@@ -388,24 +403,25 @@ class Dispatcher:
         )
         self._start_grace(worker.id, worker.name, 0 if leaves else self.grace)
         self._to_detach[worker.id] = worker.since
-        self._write_detached()
+        self._write_detached(worker.id)
         if leaves:
             self._lose_overdue()
 
-    def _write_detached(self) -> None:
-        for worker_id, since in self._to_detach.items():
+    def _write_detached(self, worker_id: int) -> None:
+        since = self._to_detach[worker_id]
 
-            def written(result: int | Exception, worker_id: int = worker_id, since: float = since) -> None:
-                if isinstance(result, Exception):  # the next tick tries again
-                    self._report(result)
-                elif self._to_detach.get(worker_id) == since:
-                    del self._to_detach[worker_id]
+        def written(result: int | Exception) -> None:
+            if isinstance(result, Exception):  # the next tick tries again
+                self._report(result)
+            elif self._to_detach.get(worker_id) == since:
+                del self._to_detach[worker_id]
 
-            self.store.do_then(written, state.detach, worker_id, since)
+        self.store.do_then(written, state.detach, worker_id, since)
 
     def tick(self) -> None:
         """Write what could not be written before, give up the workers whose grace is over, and fill free slots."""
-        self._write_detached()
+        for worker_id in self._to_detach:
+            self._write_detached(worker_id)
         self._lose_overdue()
         self.dispatch()
 

@@ -426,8 +426,7 @@ class Api:
             if changed is None:
                 return row
             while not changed.done() and wait:
-                with contextlib.suppress(TimeoutError):
-                    changed.result(min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
+                request.wait_for(changed, min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
                 if time.monotonic() >= deadline or request.caller_is_gone():
                     wait = 0
 
@@ -473,7 +472,7 @@ class Api:
 
     def get_log(
         self,
-        request: Request,  # noqa: ARG002
+        request: Request,
         id_: int,
         follow: bool,
         tail: int | None,
@@ -489,7 +488,7 @@ class Api:
         wanted: int = attempt or row["attempt"]
         if tail is not None:
             offset = max(offset, self._do(logs.tail_offset, id_, wanted, tail))
-        pieces = self._follow(id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
+        pieces = self._follow(request, id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
         return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
 
     def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
@@ -502,7 +501,7 @@ class Api:
                 offset = start + len(data)
         return offset
 
-    def _follow(self, job: int, attempt: int, offset: int) -> Iterator[bytes]:
+    def _follow(self, request: Request, job: int, attempt: int, offset: int) -> Iterator[bytes]:
         while True:
             row, changed = self._do(state.get_and_watch, job, True)
             attempt = attempt or row["attempt"]
@@ -511,8 +510,7 @@ class Api:
                 return
             while not changed.done():
                 yield b""  # is the reader still there?
-                with contextlib.suppress(TimeoutError):
-                    changed.result(CALLER_CHECK_SECONDS)
+                request.wait_for(changed, CALLER_CHECK_SECONDS)
 
     def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
         """List the connected workers, by id."""
@@ -533,7 +531,7 @@ class Api:
         """
         return Response(as_json([config_json(config) for config in self.configs.by_name.values()]))
 
-    def listen(self, request: Request, last_id: int | None) -> Response:  # noqa: ARG002
+    def listen(self, request: Request, last_id: int | None) -> Response:
         """Follow what changes, as server-sent events.
 
         An endless stream in the format of the HTML standard. It begins with `stats`; after that up to four times a
@@ -547,7 +545,7 @@ class Api:
         | `stats` | Stats |
         | `reset` | `{}`: too much has changed to be told; fetch anew what you show |
         """
-        return Response(self.events.stream(last_id), content_type=EVENTS, headers=UNBUFFERED)
+        return Response(self.events.stream(last_id, request), content_type=EVENTS, headers=UNBUFFERED)
 
     def get_health(self, request: Request) -> Response:  # noqa: ARG002
         """Whether the server can do its work."""
@@ -731,7 +729,7 @@ class Events:
         self._rendering = threading.Lock()
         self._rendered: tuple[int, int, bytes] = (0, 0, b"")  # after which tick, up to which, what
 
-    def stream(self, last_id: int | None) -> Iterator[bytes]:
+    def stream(self, last_id: int | None, request: Request) -> Iterator[bytes]:
         """Give events from after `last_id`, for ever; a comment now and then. Ids grow, also across server starts."""
         newest: Tick
         tick: Tick | None
@@ -742,8 +740,7 @@ class Events:
             tick = newest
         said = time.monotonic()
         while True:
-            with contextlib.suppress(TimeoutError):
-                tick.next.result(min(HEARTBEAT_SECONDS, CALLER_CHECK_SECONDS))
+            request.wait_for(tick.next, min(HEARTBEAT_SECONDS, CALLER_CHECK_SECONDS))
             if not tick.next.done():
                 is_silent = time.monotonic() - said >= HEARTBEAT_SECONDS
                 said = time.monotonic() if is_silent else said

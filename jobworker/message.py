@@ -5,12 +5,14 @@ Requests are read strictly: whatever two readers could understand differently is
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import functools
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
@@ -47,6 +49,11 @@ class Request:
     body: bytes | bytearray = b""
     share: contextlib.ExitStack | None = None  # a large body's
     caller_is_gone: Callable[[], bool] = bool  # a long answer may ask it now and then, and end early
+    evicted: Future[None] = field(default_factory=Future)  # done when the caller has lost its place
+
+    def wait_for(self, change: Future[Any], seconds: float) -> None:
+        """Wait until a future is done, for so many seconds at most, or until the caller has lost its place."""
+        concurrent.futures.wait((change, self.evicted), seconds, concurrent.futures.FIRST_COMPLETED)
 
     @property
     def path(self) -> str:

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ from jobworker.message import MAX_BODY_BYTES, ApiError, BadFraming, Request, Res
 MAX_CONNECTIONS = 1_024
 MAX_STRANGERS = 128  # of these, once all are taken: for connections without a valid token, where tokens are set
 SPARE_THREADS = 256  # for connections that were evicted and have not noticed yet
+MAX_HANDED_OVER = 512  # handshakes that the loop has not taken yet; of more, the oldest are ended
 MAX_HEAD_BYTES = 16 * 1024
 LARGE_BODY_BYTES = 64 * 1024
 LARGE_BODIES = 4  # in memory at a time; one of them is answered at a time
@@ -119,6 +121,7 @@ class HttpServer(ThreadingHTTPServer):
         victim = min(places, key=worth, default=None)
         if victim and worth(victim)[:3] != (True, True, True) and self.places.pop(victim[0], None):
             victim[0].shut(socket.SHUT_RDWR)
+            victim[0].evicted.set_result(None)
 
     def end_slow_upload(self) -> None:
         """Where uploads have all places for large bodies, answer the oldest slow one, if there is one, with 408."""
@@ -171,6 +174,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         self.stranger = not self.server.access.allows("api", None)
         self.patience = float(SEND_SECONDS)
         self.slow_from = math.inf
+        self.evicted: Future[None] = Future()
         self._limit_unsent(UNSENT_BYTES)
         now = time.monotonic()
         self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
@@ -229,7 +233,7 @@ class HttpConnection(BaseHTTPRequestHandler):
                 self._wait_for_answer()
                 take_turn(self.server.large_answers, request.share, TOO_MANY_LARGE)
             self._wait_for_answer()
-            request.caller_is_gone = self._caller_is_gone
+            request.caller_is_gone, request.evicted = self._caller_is_gone, self.evicted
             return self.server.answer(request)
         finally:
             request.drop_body()
@@ -375,12 +379,17 @@ class RunnerListener(socket.socket):
     def __init__(self) -> None:
         ours, self._bell = socket.socketpair()
         super().__init__(ours.family, ours.type, fileno=ours.detach())
+        self._bell.setblocking(False)
         self._handed_over: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
 
     def hand_over(self, connection: socket.socket) -> None:
         """Give the websockets server a connection of which nothing was read. Called from HTTP threads."""
         self._handed_over.put(socket.socket(fileno=connection.detach()))
-        self._bell.send(b"!")
+        with contextlib.suppress(BlockingIOError):  # it rings already
+            self._bell.send(b"!")
+        if self._handed_over.qsize() > MAX_HANDED_OVER:
+            with contextlib.suppress(queue.Empty):
+                self._handed_over.get_nowait().close()
 
     def close(self) -> None:
         self._bell.close()
@@ -391,13 +400,20 @@ class RunnerListener(socket.socket):
 
     def accept(self) -> tuple[socket.socket, Any]:
         """Give the next connection that was handed over; BlockingIOError where there is none."""
-        self.recv(1)
-        connection = self._handed_over.get_nowait()
+        connection = self._next()
         try:
             return connection, connection.getpeername()
         except OSError as error:
             connection.close()
             raise ConnectionAbortedError from error
+
+    def _next(self) -> socket.socket:
+        with contextlib.suppress(queue.Empty):
+            return self._handed_over.get_nowait()
+        self.recv(4096)  # before the last look: who comes after it rings again
+        with contextlib.suppress(queue.Empty):
+            return self._handed_over.get_nowait()
+        raise BlockingIOError
 
 
 class Access:

@@ -12,6 +12,7 @@ import pytest
 
 from jobworker import api as api_module
 from jobworker import state as state_module
+from jobworker.message import parse_head
 from jobworker.state import Arrival
 from jobworker.store import Store
 from tests.peers import (
@@ -43,6 +44,9 @@ class Ring:
         self.events = api_module.Events(self.store, lambda _rows: [])
         self.now = 1.0
         self.tick()
+
+    def stream(self, last_id: int | None) -> Iterator[bytes]:
+        return self.events.stream(last_id, parse_head(b"GET /api/events HTTP/1.1\r\nHost: localhost"))
 
     def tick(self) -> None:
         self.store.do(state_module.tick, self.now).result()
@@ -99,7 +103,7 @@ class TestEvents:
             ring.publish(number)
         ids = [tick.id for tick in ring.ticks][1:]
         for position, last_id in enumerate(ids[:-1]):
-            stream = ring.events.stream(last_id)
+            stream = ring.stream(last_id)
             kinds = events_of(stream, 1 + len(ids) - 1 - position)
             assert [data["id"] for kind, data, _ in kinds if kind == "worker"] == list(range(position + 1, 6))
 
@@ -127,12 +131,12 @@ class TestEvents:
         oldest = ring.ticks[0].id
         for number in range(state_module.RING_TICKS - len(ring.ticks)):
             ring.publish(number)
-        assert events_of(ring.events.stream(oldest), 2)[1][0] == "worker"
+        assert events_of(ring.stream(oldest), 2)[1][0] == "worker"
         ring.publish(0)
-        assert [kind for kind, _, _ in events_of(ring.events.stream(oldest), 2)] == ["stats", "reset"]
+        assert [kind for kind, _, _ in events_of(ring.stream(oldest), 2)] == ["stats", "reset"]
 
     def test_a_listener_too_slow_for_the_ring_is_told_to_reset(self, ring: Ring) -> None:
-        stream = ring.events.stream(None)
+        stream = ring.stream(None)
         events_of(stream, 1)
         for number in range(state_module.RING_TICKS + 1):
             ring.publish(number)
@@ -162,7 +166,7 @@ class TestEvents:
     def test_silence_is_broken_by_comments(self, ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
         assert api_module.HEARTBEAT_SECONDS <= 15
         monkeypatch.setattr(api_module, "HEARTBEAT_SECONDS", 0.05)
-        stream = ring.events.stream(None)
+        stream = ring.stream(None)
         events_of(stream, 1)
         for _ in range(3):
             comment = next(stream)

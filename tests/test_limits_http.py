@@ -19,7 +19,8 @@ import pytest
 from jobworker import api, message, web
 from jobworker.message import Response
 from jobworker.web import HttpServer
-from tests.peers import HANDSHAKE, head
+from server import MAX_SILENT
+from tests.peers import HANDSHAKE, VERSION_2, ScriptedWorker, head
 from tests.stage import Program, Reply, Server, Stage, bearer, problem, read_to_end, until
 from tests.test_places import dial, send, serving
 
@@ -62,6 +63,10 @@ def crowd(server: Server, data: bytes, count: int = CROWD) -> Iterator[list[sock
 def threads(server: Server) -> int:
     status = Path(f"/proc/{server.process.pid}/status").read_text()
     return int(re.findall(r"Threads:\s+(\d+)", status)[0])
+
+
+def descriptors(server: Server) -> int:
+    return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
 def peak_kib(server: Server) -> int:
@@ -310,10 +315,21 @@ class TestHandshakes:
                 with new:
                     assert [worker.getsockopt(*one) for one in room] == [new.getsockopt(*one) for one in room]
 
+    @pytest.mark.parametrize("protocol", [b"Sec-WebSocket-Protocol: " + VERSION_2.encode(), b"X: version 1"])
+    def test_a_crowd_that_never_says_anything_shuts_no_worker_out(self, stage: Stage, protocol: bytes) -> None:
+        server = stage.server("--hold")
+        before = descriptors(server)
+        with crowd(server, HANDSHAKE[:-2] + protocol + b"\r\n\r\n", 1_500) as peers:
+            assert b"no Hello within" not in read_to_end(peers[0])  # it made room before that
+            until(lambda: descriptors(server) < before + MAX_SILENT + 50, 30)
+            serves(server)
+            with ScriptedWorker(server, "says-hello"):
+                assert server.knows("says-hello")
+
     def test_refused_ones_that_do_not_read_leave_nothing(self, guarded: Server) -> None:
         with crowd(guarded, HANDSHAKE):
             serves(guarded, API)
-            until(lambda: len(list(Path(f"/proc/{guarded.process.pid}/fd").iterdir())) < 100)
+            until(lambda: descriptors(guarded) < 100)
 
 
 NGINX = """

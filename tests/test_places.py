@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import pytest
 
@@ -114,6 +115,44 @@ class TestCap:
                 peer.sendall(head(b"GET /"))
                 assert asked.wait(5)
             assert noticed.wait(5)
+
+    def test_one_that_loses_its_place_ends_its_wait_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(web, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(web, "FRESH_ANSWER_SECONDS", 0)
+        waits, ended = threading.Event(), threading.Event()
+
+        def answer(request: Request) -> Response:
+            waits.set()
+            request.wait_for(Future(), 60)
+            assert request.caller_is_gone()
+            ended.set()
+            return Response(b"{}")
+
+        with serving(answer) as server, dial(server) as peer:
+            peer.sendall(head(b"GET /"))
+            assert waits.wait(5)
+            with dial(server):
+                assert ended.wait(5)
+
+
+class TestListener:
+    """What is handed over and not yet taken by the loop."""
+
+    def test_it_is_bounded_and_the_newest_are_kept(self) -> None:
+        with contextlib.closing(RunnerListener()) as runner, contextlib.ExitStack() as stack:
+            runner.setblocking(False)
+            listening = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=1_000))
+            peers = []
+            for _ in range(web.MAX_HANDED_OVER + 200):
+                peers.append(stack.enter_context(socket.create_connection(listening.getsockname())))
+                runner.hand_over(listening.accept()[0])
+            for peer in peers[200:]:
+                connection, address = runner.accept()
+                connection.close()
+                assert address == peer.getsockname()
+            with pytest.raises(BlockingIOError):
+                runner.accept()
+            assert [peer.recv(1) for peer in peers[:200]] == [b""] * 200
 
 
 def test_an_empty_head_is_refused() -> None:
