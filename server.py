@@ -416,7 +416,7 @@ class Dispatcher:
             elif self._to_detach.get(worker_id) == since:
                 del self._to_detach[worker_id]
 
-        self.store.do_then(written, state.detach, worker_id, since)
+        self.store.do_then(written, state.detach, worker_id, since, self._clock())
 
     def tick(self) -> None:
         """Write what could not be written before, give up the workers whose grace is over, and fill free slots."""
@@ -754,6 +754,8 @@ def main() -> int:
         jobs = load_jobs(options.jobs)
         if options.check:
             print(f"{options.jobs}: {len(jobs)} jobs, no errors")
+            for name, schedule in Configs(jobs).schedules.items():
+                print(f"{name} is due next at {state.moment(schedule.next_due(time.time()))}")
             return 0
         options.tokens = tokens_by_scope(options.token_file)
         check_host(options)

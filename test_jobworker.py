@@ -11,6 +11,7 @@
  9. Nothing is done for strangers: without the token, or for another site's page.           TestPromise09Strangers
 10. SIGTERM lets a worker finish its jobs; a second one leaves them to its next start.      TestPromise10Drain
 11. A full disk refuses new jobs and loses no old one.                                      TestPromise11DiskFull
+12. A due time makes exactly one job; what follows an end is queued with it.               TestPromise12Schedules
 13. A part that limps takes nothing else with it.                   tests/test_*_limps.py, test_limits_http.py
 14. A copy of everything can be taken while the server runs.                                tests/test_backup.py
 
@@ -27,9 +28,11 @@ import contextlib
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
@@ -1069,6 +1072,62 @@ class TestPromise11DiskFull:
         reply = server.http("POST", "/api/jobs", [{"name": "quick"}] * 200)
         accepted += [job["id"] for job in reply.json] if reply.status == 200 else []
         return reply.status != 200
+
+
+class TestPromise12Schedules:
+    """A due time makes exactly one job, whatever is killed; what follows a job's end is queued with that end."""
+
+    JOBS = """
+- {name: each, image: busybox, command: env, schedule: '* * * * *', on_success: told}
+- {name: fails, image: busybox, command: "false", on_failure: told}
+- {name: told, image: busybox, command: env}
+"""
+
+    def set_back(self, stage: Stage, minutes: int) -> None:
+        with contextlib.closing(sqlite3.connect(stage.folder / "jobs.db")) as connection, connection:
+            connection.execute("UPDATE schedule SET upto = upto - ?", (60 * minutes,))
+
+    @pytest.mark.parametrize("minutes", [1, 2, 200])
+    def test_of_several_missed_due_times_the_latest_gets_one(self, stage: Stage, minutes: int) -> None:
+        server = stage.server(jobs=self.JOBS)
+        server.stop()
+        self.set_back(stage, minutes)
+        server.start()
+        (job,) = until(lambda: server.get("/api/jobs?full=1"))
+        assert job["due_at"].endswith(":00.000Z")
+        assert server.said(rf"due at .*; missed before it: {minutes - 1}") or minutes == 1
+
+    def test_a_server_killed_around_due_times_and_ends_makes_each_job_once(self, stage: Stage) -> None:
+        server = stage.server(jobs=self.JOBS)
+        stage.worker(server, "--slots", "4")
+        chance = random.Random(12)
+        for _ in range(10):
+            server.kill()
+            self.set_back(stage, 1)
+            server.start()
+            until(lambda: chance.random() < 0.05)
+        until(lambda: all(job["state"] == "success" for job in server.get("/api/jobs?full=1")))
+        jobs = server.get("/api/jobs?full=1")
+        dues = [job["due_at"] for job in jobs if job["name"] == "each"]
+        assert dues == sorted(set(dues))
+        assert sorted(job["cause"] for job in jobs if job["name"] == "told") == [
+            job["id"] for job in jobs if job["name"] == "each"
+        ]
+
+    def test_containers_are_told_when_they_were_due_and_what_they_follow(self, stage: Stage) -> None:
+        server = stage.server("--hold", jobs=self.JOBS)
+        server.stop()
+        self.set_back(stage, 1)
+        server.start()
+        stage.worker(server)
+        job = server.ended(server.post("fails"))
+        due = until(lambda: server.get("/api/jobs?name=each&state=success&full=1"))[0]
+        assert f"JOBWORKER_DUE_AT={due['due_at'].replace('.000', '')}\n".encode() in server.log(due["id"])
+        (told,) = server.get(f"/api/jobs?cause={job['id']}")
+        server.ended(told["id"])
+        for key, value in (("ID", job["id"]), ("NAME", "fails"), ("STATE", "failure"), ("REASON", "exit")):
+            assert f"JOBWORKER_CAUSE_{key}={value}\n".encode() in server.log(told["id"])
+        assert b"JOBWORKER_CAUSE_EXIT_CODE=1\n" in server.log(told["id"])
 
 
 class TestRealEngine:

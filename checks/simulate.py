@@ -36,7 +36,7 @@ from played import FINAL, JOBS, Broken, Host, OriginalHost, World
 
 import client
 import server
-from jobworker import logs, state
+from jobworker import lists, logs, state
 from jobworker.config import Configs
 from jobworker.due import SCHEDULES
 from jobworker.store import StoreError
@@ -209,7 +209,7 @@ class History(World):
     def rows(self) -> dict[int, sqlite3.Row]:
         assert self.server
         database = self.server.store._database
-        return {row["id"]: row for row in state.page(database, (), None, 0, None, 10**6)}
+        return {row["id"]: row for row in lists.page(database, lists.Wanted(), 10**6)}
 
     def what_is_left(self) -> str:
         if self.server is None or not self.server.ready:

@@ -6,6 +6,7 @@ that says which requests there are: they are read, refused and described (`/open
 
 import base64
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -15,31 +16,76 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from jobworker import VERSION, logs, state
+from jobworker import VERSION, lists, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
-from jobworker.message import ApiError, Request, Response, as_json, read_items, read_json
+from jobworker.due import schedules
+from jobworker.events import Events
+from jobworker.lists import Wanted
+from jobworker.message import (
+    CALLER_CHECK_SECONDS,
+    ApiError,
+    Request,
+    Response,
+    answer_json,
+    as_json,
+    read_form,
+    read_items,
+    read_json,
+)
 from jobworker.metrics import metrics_text
-from jobworker.routes import Parameter, Route, flag, integer
-from jobworker.state import FINAL_STATES, MAX_JOB_ID, MAX_TICK_JOBS, STATES, Key, NewJob, Refusal, Tick
+from jobworker.parameters import (
+    AFTER,
+    ATTEMPT,
+    BEFORE,
+    CANCEL_STATES,
+    CAUSE,
+    ENDED_AFTER,
+    FOLLOW,
+    FULL,
+    GONE,
+    JOB_ID,
+    JOB_NAME,
+    KEY,
+    LAST_EVENT_ID,
+    LIMIT,
+    NAME,
+    OFFSET,
+    REQUIRE,
+    RETRY_STATES,
+    STATE,
+    TAIL,
+    WAIT,
+    WORKER,
+    WORKER_ID,
+    Q,
+)
+from jobworker.routes import Route
+from jobworker.shapes import (
+    attempt_json,
+    config_json,
+    full_job_json,
+    full_worker_json,
+    job_json,
+    reason_of,
+    worker_json,
+)
+from jobworker.state import FINAL_STATES, MAX_JOB_ID, NEWEST_SUCCESS, Key, NewJob, Refusal
 from jobworker.store import Store, StoreError
 from jobworker.web import take_turn
 
-HEARTBEAT_SECONDS = 15
-CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is still there
-MAX_WAIT_SECONDS = 3_600
 MAX_DELAY_SECONDS = 366 * 86400
-MAX_LOG_OFFSET = 2**62
 PAGE_JOBS = 250
 PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
 SLOWEST_COPY_BYTES = 256 * 1024  # a second, once COPY_SECONDS are over
 COPY_SECONDS = 60
 MAX_PAGE_JOBS = 10_000
+BULK_JOBS = 500  # in a transaction
+GONE_SECONDS = 3_600
 MAX_LIST_JOBS = 20_000  # a transaction of so many holds up the others for a fifth of a second
 SHORT_LIST_BYTES = 1_024  # longer ones are read and queued one at a time
 UNBUFFERED = {"X-Accel-Buffering": "no"}  # a proxy shall pass on each piece as it comes
@@ -58,168 +104,6 @@ HTML = "text/html; charset=utf-8"
 SQLITE = "application/vnd.sqlite3"
 
 log = logging.getLogger("server")
-
-
-# Parameters
-
-
-def read_wait(text: str) -> float:
-    if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,30})?(e-[0-9]{1,3})?", text) or float(text) > MAX_WAIT_SECONDS:
-        raise ValueError(f"wait must be a number of seconds from 0 to {MAX_WAIT_SECONDS}")
-    return float(text)
-
-
-def read_states(text: str) -> list[str]:
-    states = list(dict.fromkeys(text.split(",")))
-    for each in states:
-        if each not in STATES:
-            raise ValueError(f"no state {each!r}; there are: {', '.join(STATES)}")
-    return states
-
-
-def read_id(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,10}", text):
-        raise ApiError(HTTPStatus.NOT_FOUND, f"there is no id {text!r}: ids are numbers")
-    return int(text)
-
-
-def read_key(text: str) -> str:
-    if not 1 <= len(text) <= 255:
-        raise ValueError("Idempotency-Key must have 1 to 255 characters")
-    return text
-
-
-def read_event_id(text: str) -> int | None:
-    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
-
-
-ID = {"$ref": "#/components/schemas/Id"}
-JOB_ID = Parameter("job", "The job's id.", read_id, ID, place="path", argument="id_", example=1)
-WORKER_ID = Parameter("worker", "The worker's id.", read_id, ID, place="path", argument="id_")
-JOB_NAME = Parameter(
-    "job",
-    "The job's name in jobs.yaml, percent-encoded.",
-    str,
-    {"$ref": "#/components/schemas/Name"},
-    place="path",
-    argument="name",
-    example="hello-world",
-)
-WAIT_SCHEMA = {"type": "number", "minimum": 0, "maximum": MAX_WAIT_SECONDS}
-WAIT = Parameter("wait", "How many seconds to wait for the job's end.", read_wait, WAIT_SCHEMA, 0.0)
-FULL = flag("full", "1: every job or worker with all that is known of it.")
-KEY = Parameter(
-    "Idempotency-Key",
-    "A request repeated with the same key queues nothing: it is answered with the job that the first one queued.",
-    read_key,
-    {"type": "string", "minLength": 1, "maxLength": 255},
-    place="header",
-    argument="key",
-    example="backup-2026-11-24",
-)
-STATE = Parameter(
-    "state",
-    "Only jobs in one of these states.",
-    read_states,
-    {"type": "array", "items": {"$ref": "#/components/schemas/State"}},
-    (),
-    argument="states",
-    example=["queued", "running"],
-)
-NAME = Parameter("name", "Only jobs of this name.", str, {"type": "string"})
-LIMIT = integer("limit", "At most so many; with `before` never more than 10,000.", 1, MAX_JOB_ID)
-AFTER = integer("after", "Only ids greater than this: the next page.", 0, MAX_JOB_ID, 0)
-BEFORE = integer(
-    "before",
-    "The newest `limit` jobs of those with a smaller id, still oldest first: the page before. "
-    f"{MAX_JOB_ID} gives the newest of all. Needs `limit`.",
-    0,
-    MAX_JOB_ID,
-)
-FOLLOW = flag("follow", "1: go on sending what is written until the attempt ends.")
-TAIL = integer("tail", "Only so many last lines.", 0, MAX_JOB_ID)
-OFFSET = integer("offset", "Only from this byte of the output on.", 0, MAX_LOG_OFFSET, 0)
-ATTEMPT = integer(
-    "attempt", "Of this attempt; otherwise of the latest. Empty for one that there was not.", 1, MAX_JOB_ID
-)
-LAST_EVENT_ID = Parameter(
-    "Last-Event-ID",
-    "The last `id` received: the stream goes on after it, or says `reset` where that was too long ago.",
-    read_event_id,
-    {"type": "string"},
-    place="header",
-    argument="last_id",
-)
-
-
-# JSON
-
-
-def timestamp(seconds: float | None) -> str | None:
-    """Seconds since the epoch as RFC 3339, UTC, with milliseconds."""
-    if seconds is None:
-        return None
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def job_json(id_: int, name: str, job_state: str) -> dict[str, Any]:
-    """A job as the original's API shows it, key for key."""
-    queuing, running = job_state in ("queued", "assigned"), job_state == "running"
-    return {"id": id_, "name": name, "queuing": queuing, "running": running, "success": job_state == "success"}
-
-
-def full_job_json(row: sqlite3.Row, reason: str | None) -> dict[str, Any]:
-    return {
-        **job_json(row["id"], row["name"], row["state"]),
-        "state": row["state"],
-        "attempt": row["attempt"],
-        "worker": row["worker_name"],
-        "exit_code": row["exit_code"],
-        "reason": reason,
-        "environment": json.loads(row["environment"] or "{}"),
-        "priority": row["priority"],
-        "created_at": timestamp(row["created_at"]),
-        "started_at": timestamp(row["started_at"]),
-        "finished_at": timestamp(row["finished_at"]),
-        "log_bytes": row["log_bytes"],
-    }
-
-
-def attempt_json(row: sqlite3.Row) -> dict[str, Any]:
-    """An attempt; row: of the attempts that were followed by another, or of the job, for its latest."""
-    times = {key: timestamp(row[key]) for key in ("started_at", "finished_at")}
-    rest = {key: row[key] for key in ("exit_code", "reason", "log_bytes")}
-    return {"attempt": row["attempt"], "worker": row["worker_name"], **times, **rest}
-
-
-def worker_json(row: sqlite3.Row, jobs: list[int]) -> dict[str, Any]:
-    """A worker as the original's API shows it."""
-    return {"id": row["id"], "working": bool(jobs)}
-
-
-def full_worker_json(row: sqlite3.Row, jobs: list[int]) -> dict[str, Any]:
-    return {
-        **worker_json(row, jobs),
-        "name": row["name"],
-        "slots": row["slots"],
-        "tags": json.loads(row["tags"]),
-        "jobs": jobs,
-        "address": row["address"],
-        "connected_at": timestamp(row["connected_at"]),
-        "protocol": row["protocol"],
-        "version": row["version"],
-        "connected": bool(row["connected"]),
-    }
-
-
-def config_json(config: JobConfig) -> dict[str, Any]:
-    """A job of jobs.yaml: what one needs to run it, and no environment, which may hold secrets."""
-    parameters = {
-        name: {"required": parameter.required, "default": parameter.default, "pattern": parameter.pattern}
-        for name, parameter in config.parameters.items()
-    }
-    keys = ("name", "image", "command", "tags", "concurrency", "priority", "timeout", "retries")
-    return {**{key: getattr(config, key) for key in keys}, "parameters": parameters}
 
 
 def mark(key: str | None, *content: object) -> Key | None:
@@ -249,12 +133,24 @@ def new_job(configs: Configs, name: object, body: object, number: int | None = N
     where = "" if number is None else f"item {number}: "
     if config is None:
         known = ", ".join(list(configs.by_name)[:20]) or "none"
-        detail = f"{where}there is no job named {name!r} in jobs.yaml; there are: {known}"
+        near = difflib.get_close_matches(str(name)[:128], configs.by_name, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        detail = f"{where}there is no job named {name!r} in jobs.yaml{hint}; there are: {known}"
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     try:
         return _checked(config, body)
     except ValueError as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
+
+
+def read_job(request: Request) -> Any:
+    """Give what a POST asks for: its JSON, or a form's fields as its environment. Raises ApiError."""
+    body = request.body
+    if not body:
+        return {}
+    if "form-urlencoded" in request.headers.get("content-type", "") and not re.match(rb"\s*[\[{\"]", body):
+        return {"environment": read_form(body)}  # curl -d calls everything a form
+    return read_json(body)
 
 
 def _checked(config: JobConfig, body: object) -> NewJob:
@@ -309,75 +205,104 @@ class Api:
             raise ApiError(STATUS_OF[result.kind], result.detail + START_ONE * (result.kind == "no worker"))
         return result
 
-    def queue_job(self, request: Request, name: str, wait: float, full: bool, key: str | None) -> Response:
+    def queue_job(
+        self, request: Request, name: str, wait: float, require: bool, full: bool, key: str | None
+    ) -> Response:
         """Queue a job.
 
         A 200 means that the job is on disk and will come to an end. With `wait` the answer comes when the job is final,
-        or after that time with the job as it then is.
+        or after that time with the job as it then is. A form's fields, as of `curl -d NAME=Ada`, are its `environment`.
         """
-        body = read_json(request.body) if request.body else {}
+        body = read_job(request)
         marked = mark(key, "POST", name, body)
         (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
-        if not wait and not full and key is None:
-            return Response(as_json(job_json(id_, name, "queued")))
+        if not wait and not require and not full and key is None:
+            return answer_json(job_json(id_, name, "queued"))
         request.drop_body()
         row = self._wait(request, id_, wait)
-        return Response(as_json(self._show([row])[0] if full else job_json(id_, name, row["state"])))
+        return answer_json(self._show([row])[0] if full else job_json(id_, name, row["state"]), _status(row, require))
 
-    def list_jobs(
-        self,
-        request: Request,  # noqa: ARG002
-        states: Sequence[str],
-        name: str | None,
-        limit: int | None,
-        after: int,
-        before: int | None,
-        full: bool,
-    ) -> Response:
+    def list_jobs(self, request: Request, limit: int | None, full: bool, **wishes: Any) -> Response:  # noqa: ARG002
         """List jobs, oldest first.
 
         All that there are, or those that every given parameter admits. The list is sent as it is read, so a million
         jobs are no burden.
         """
-        if before is not None and limit is None:
+        wanted = Wanted(**wishes)
+        if wanted.before is not None and limit is None:
             raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        return Response(self._list(states, name, after, before, limit, full))
+        return Response(self._list(wanted, limit, full))
 
-    def _list(
-        self, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int | None, full: bool
-    ) -> Iterator[bytes]:
+    def _list(self, wanted: Wanted, limit: int | None, full: bool) -> Iterator[bytes]:
         left = MAX_JOB_ID if limit is None else limit
-        if before is not None:
+        if wanted.before is not None:
             left = min(left, MAX_PAGE_JOBS)
             with self.paging:
-                after = self._do(state.start_of_newest, states, name, after, before, left)
+                wanted = wanted._replace(after=self._do(lists.start_of_newest, wanted, left))
         separator = b"["
         while left > 0:
             with self.paging:  # many readers at once queue here, where they are in nobody's way
-                rows = self._do(state.page, states, name, after, before, min(left, PAGE_JOBS))
+                rows = self._do(lists.page, wanted, min(left, PAGE_JOBS))
                 page = [separator + as_json(self._list_json(rows, full))[1:-1]]
             if not rows:
                 break
-            separator, left, after = b",", left - len(rows), rows[-1]["id"]
+            separator, left, wanted = b",", left - len(rows), wanted._replace(after=rows[-1]["id"])
             del rows
             yield page.pop()  # nothing here keeps it while it waits for its reader
-        yield b"[]" if separator == b"[" else b"]"
+        yield b"[]\n" if separator == b"[" else b"]\n"
 
     def _list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
         return self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
 
-    def queue_jobs(self, request: Request, key: str | None) -> Response:
+    def queue_jobs(self, request: Request, key: str | None, states: Sequence[str], name: str | None) -> Response:
         """Queue many jobs at once.
 
-        All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists.
+        All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists. With `retry` there
+        is no body: every job that ended in one of these states, of that `name` where there is one, runs again as a new
+        job; the answer says how many, and which could not, in pieces of 500 jobs.
         """
+        if states:
+            if request.body or key is not None:
+                raise ApiError(HTTPStatus.BAD_REQUEST, "with retry there is neither a body nor an Idempotency-Key")
+            return self._retry_all(Wanted(states, name))
+        if name is not None:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "name needs retry: the states of the jobs to run again")
         with contextlib.ExitStack() as turn:
             if len(request.body) > SHORT_LIST_BYTES:
                 take_turn(self.long_lists, turn, "too many lists at once")
             ids = self._queue(*self._read_list(request.body, key))
         request.drop_body()
-        pages = self._list((), None, ids[0] - 1 if ids else 0, None, len(ids), full=False)
+        pages = self._list(Wanted(after=ids[0] - 1 if ids else 0), len(ids), full=False)
         return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
+
+    def _retry_all(self, wanted: Wanted) -> Response:
+        wanted = wanted._replace(before=self._do(lists.last_id) + 1)  # none of those that this makes
+        queued, refused = 0, []
+        while rows := self._do(lists.page, wanted, BULK_JOBS):
+            wanted = wanted._replace(after=rows[-1]["id"])
+            jobs = []
+            for row in rows:
+                try:
+                    jobs.append(self._again(row))
+                except ApiError as error:
+                    refused.append({"id": row["id"], "detail": error.detail})
+            queued += len(self._do(state.add, jobs, self.clock(), self.hold))
+        return answer_json({"queued": queued, "refused": refused})
+
+    def cancel_jobs(self, request: Request, states: Sequence[str], name: str | None) -> Response:  # noqa: ARG002
+        """Cancel many jobs at once.
+
+        All in one of the states, of that `name` where there is one, in pieces of 500 jobs. The answer says how many.
+        Those that run are asked to stop, as by `DELETE /api/jobs/{job}`.
+        """
+        if not states:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "state is missing: which jobs to cancel, such as ?state=queued")
+        wanted, cancelled = Wanted(states, name, before=self._do(lists.last_id) + 1), 0
+        while True:
+            count, after = self._do(lists.cancel_all, wanted, BULK_JOBS, self.clock())
+            if after is None:
+                return answer_json({"cancelled": cancelled})
+            wanted, cancelled = wanted._replace(after=after), cancelled + count
 
     def _read_list(self, body: bytes | bytearray, key: str | None) -> tuple[Callable[[], list[NewJob]], Key | None]:
         """Give what gives the jobs that a list asks for, or raises ApiError, and its mark: mark(key, "POST", LIST)."""
@@ -410,12 +335,13 @@ class Api:
             ids = self._do(state.add, jobs(), self.clock(), self.hold, key)
         return ids
 
-    def get_job(self, request: Request, id_: int, wait: float) -> Response:
+    def get_job(self, request: Request, id_: int, wait: float, require: bool) -> Response:
         """A job in full.
 
         With `wait` the answer comes when the job is final, or after that time with the job as it then is.
         """
-        return Response(as_json(self._show([self._wait(request, id_, wait)])[0]))
+        row = self._wait(request, id_, wait)
+        return answer_json(self._show([row])[0], _status(row, require))
 
     def _wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
         """Give a job's row once it is final, or as it is after `wait` seconds or when the caller has hung up."""
@@ -445,7 +371,7 @@ class Api:
         One that waits is cancelled at once. One that runs is asked to stop (TERM, its `stop_grace_period`, KILL): the
         answer shows it still `running` with the reason `cancelling`, and it is `cancelled` once its container is gone.
         """
-        return Response(as_json(self._show([self._do(state.cancel, id_, self.clock())])[0]))
+        return answer_json(self._show([self._do(state.cancel, id_, self.clock())])[0])
 
     def retry_job(self, request: Request, id_: int, key: str | None) -> Response:  # noqa: ARG002
         """Run a job that has ended again, as a new job with the same environment and priority."""
@@ -454,12 +380,16 @@ class Api:
             row = self._do(state.get, id_)
             if row["state"] not in FINAL_STATES:
                 raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
-            body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
-            return [new_job(self.configs, row["name"], body)]
+            return [self._again(row)]
 
         (new_id,) = self._queue(jobs, mark(key, "retry", id_))
         row = self._do(state.get, new_id)
-        return Response(as_json(job_json(new_id, row["name"], row["state"])))
+        return answer_json(job_json(new_id, row["name"], row["state"]))
+
+    def _again(self, row: sqlite3.Row) -> NewJob:
+        """Give the job that runs one that has ended again. Raises ApiError where jobs.yaml has changed meanwhile."""
+        body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
+        return new_job(self.configs, row["name"], body)._replace(cause=row["cause"], variables=row["variables"])
 
     def get_attempts(self, request: Request, id_: int) -> Response:  # noqa: ARG002
         """The attempts of a job so far, oldest first.
@@ -468,7 +398,7 @@ class Api:
         """
         row = self._do(state.get, id_)
         rows = [*self._do(state.attempts, id_), *([row] if row["attempt"] else [])]
-        return Response(as_json([attempt_json(attempt) for attempt in rows]))
+        return answer_json([attempt_json(attempt) for attempt in rows])
 
     def get_log(
         self,
@@ -512,24 +442,35 @@ class Api:
                 yield b""  # is the reader still there?
                 request.wait_for(changed, CALLER_CHECK_SECONDS)
 
-    def list_workers(self, request: Request, full: bool) -> Response:  # noqa: ARG002
+    def list_workers(self, request: Request, full: bool, gone: bool) -> Response:  # noqa: ARG002
         """List the connected workers, by id."""
         show = full_worker_json if full else worker_json
-        return Response(as_json([show(row, jobs) for row, jobs in self._do(state.workers) if row["connected"]]))
+        found = self._do(state.workers, None, self.clock() - GONE_SECONDS if gone else None)
+        return answer_json([show(row, jobs) for row, jobs in found if gone or row["connected"]])
 
     def get_worker(self, request: Request, id_: int) -> Response:  # noqa: ARG002
         """A connected worker in full."""
         found = [(row, jobs) for row, jobs in self._do(state.workers, [id_]) if row["connected"]]
         if not found:
             raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
-        return Response(as_json(full_worker_json(*found[0])))
+        return answer_json(full_worker_json(*found[0]))
 
     def list_configs(self, request: Request) -> Response:  # noqa: ARG002
         """The jobs of jobs.yaml, in its order.
 
-        What one needs to run them. Their `environment`, which may hold secrets, is not shown.
+        What one needs to run them, when they are due next, and how the newest run of each stands. Their `environment`,
+        which may hold secrets, is not shown.
         """
-        return Response(as_json([config_json(config) for config in self.configs.by_name.values()]))
+        configs = self.configs
+        last = self._do(lists.newest, list(configs.by_name))
+        due_next = {
+            name: configs.schedules[name].next_due(row["upto"])
+            for name, row in self._do(schedules).items()
+            if name in configs.schedules
+        }
+        return answer_json(
+            [config_json(config, due_next.get(name), last.get(name)) for name, config in configs.by_name.items()]
+        )
 
     def listen(self, request: Request, last_id: int | None) -> Response:
         """Follow what changes, as server-sent events.
@@ -551,10 +492,10 @@ class Api:
         """Whether the server can do its work."""
         if self.store.error:
             failing = {"status": "failing", "detail": self.store.error, "version": VERSION}
-            return Response(as_json(failing), HTTPStatus.SERVICE_UNAVAILABLE)
+            return answer_json(failing, HTTPStatus.SERVICE_UNAVAILABLE)
         overview = self._do(state.overview, self.clock())
         health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
-        return Response(as_json(health))
+        return answer_json(health)
 
     def get_metrics(self, request: Request) -> Response:  # noqa: ARG002
         """Metrics for Prometheus.
@@ -562,10 +503,15 @@ class Api:
         `jobworker_build_info{version}`, `jobworker_jobs{state}`, `jobworker_queue_latency_seconds`,
         `jobworker_worker_up{worker}`, `jobworker_worker_jobs{worker}`, `jobworker_worker_slots{worker}`, and, counted
         since the server's start, `jobworker_jobs_finished_total{name,state}` and the histograms
-        `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`.
+        `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`. Of jobs in jobs.yaml:
+        `jobworker_job_last_success_timestamp_seconds{name}`, and of schedules `jobworker_schedule_missed_total{name}`
+        and `jobworker_schedule_skipped_total{name}`.
         """
         overview = self._do(state.overview, self.clock())
-        text = metrics_text(overview, self._do(state.workers), self._do(state.totals))
+        successes = self._do(lists.newest, list(self.configs.by_name), NEWEST_SUCCESS)
+        text = metrics_text(
+            overview, self._do(state.workers), self._do(state.totals), successes, self._do(schedules).values()
+        )
         return Response(text.encode(), content_type=METRICS)
 
     def get_backup(self, request: Request) -> Response:
@@ -608,6 +554,13 @@ class Api:
         return Response(page, content_type=HTML, headers=headers)
 
 
+def _status(row: sqlite3.Row, require: bool) -> HTTPStatus:
+    """Give the status of an answer about a job; require: that it has succeeded."""
+    if not require or row["state"] == "success":
+        return HTTPStatus.OK
+    return HTTPStatus.FAILED_DEPENDENCY if row["state"] in FINAL_STATES else HTTPStatus.GATEWAY_TIMEOUT
+
+
 def _no_route(request: Request, allowed: list[str]) -> ApiError:
     if request.path == "/runner":
         detail = "workers connect here by WebSocket: python client.py HOST:PORT/runner"
@@ -616,31 +569,6 @@ def _no_route(request: Request, allowed: list[str]) -> ApiError:
         methods = ", ".join(allowed + ["HEAD"] * ("GET" in allowed))
         return ApiError(HTTPStatus.METHOD_NOT_ALLOWED, f"{request.path} takes {methods}", Allow=methods)
     return ApiError(HTTPStatus.NOT_FOUND, f"nothing is at {request.path}; /openapi.json tells what there is")
-
-
-def reason_of(
-    row: sqlite3.Row, configs: Configs, connected: set[tuple[int, tuple[str, ...]]], active: dict[str, int]
-) -> str | None:
-    """Say why a job failed, or why it waits. connected: protocol and tags of who is; active: how many of a name run."""
-    name, config = row["name"], configs.by_name.get(row["name"])
-    if row["state"] == "running" and row["cancelling"]:
-        return "cancelling"
-    if row["state"] != "queued":
-        reason: str | None = row["reason"]
-        return reason
-    if config is None:
-        return f"jobs.yaml has no job named {name} any more"
-    if row["not_before"] is not None:
-        return f"waits until {timestamp(row['not_before'])}"
-    if not connected:
-        return "no worker is connected"
-    if not any(set(config.tags) <= set(tags) for _protocol, tags in connected):
-        return f"no worker has the tag{'s' * (len(config.tags) > 1)} {', '.join(config.tags)}"
-    if not any(name in configs.names_for(tags, protocol) for protocol, tags in connected):
-        return "no connected worker speaks version 2 of the protocol, which this job needs"
-    if config.concurrency and active[name] >= config.concurrency:
-        return f"{active[name]} of {config.concurrency} running"
-    return "all slots are busy"
 
 
 @functools.cache
@@ -662,28 +590,31 @@ def dashboard() -> tuple[bytes, str]:
 # Routes and their description
 
 UNKNOWN = {404: "NotFound"}
+REQUIRED = {424: "NoSuccess", 504: "NotEnded"}
+LIST = (STATE, NAME, Q, WORKER, CAUSE, ENDED_AFTER, LIMIT, AFTER, BEFORE, FULL)
 OPEN = {401: None, 507: None}
 ROUTES = [
     Route(
         "POST",
         "/api/jobs/{job}",
         Api.queue_job,
-        (JOB_NAME, WAIT, FULL, KEY),
+        (JOB_NAME, WAIT, REQUIRE, FULL, KEY),
         "Job|FullJob",
-        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
+        refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"} | REQUIRED,
         body="NewJob?",
     ),
-    Route("GET", "/api/jobs", Api.list_jobs, (STATE, NAME, LIMIT, AFTER, BEFORE, FULL), "Job[]|FullJob[]"),
+    Route("GET", "/api/jobs", Api.list_jobs, LIST, "Job[]|FullJob[]"),
     Route(
         "POST",
         "/api/jobs",
         Api.queue_jobs,
-        (KEY,),
-        "Job[]",
+        (KEY, RETRY_STATES, NAME),
+        "Job[]|Retried",
         refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
-        body="NewNamedJob[]",
+        body="NewNamedJob[]?",
     ),
-    Route("GET", "/api/jobs/{job}", Api.get_job, (JOB_ID, WAIT), "FullJob", refuses=UNKNOWN),
+    Route("GET", "/api/jobs/{job}", Api.get_job, (JOB_ID, WAIT, REQUIRE), "FullJob", refuses=UNKNOWN | REQUIRED),
+    Route("DELETE", "/api/jobs", Api.cancel_jobs, (CANCEL_STATES, NAME), "Cancelled"),
     Route("DELETE", "/api/jobs/{job}", Api.cancel_job, (JOB_ID,), "FullJob", refuses=UNKNOWN | {409: "HasEnded"}),
     Route(
         "POST",
@@ -694,7 +625,7 @@ ROUTES = [
     ),
     Route("GET", "/api/jobs/{job}/log", Api.get_log, (JOB_ID, FOLLOW, TAIL, OFFSET, ATTEMPT), TEXT, refuses=UNKNOWN),
     Route("GET", "/api/jobs/{job}/attempts", Api.get_attempts, (JOB_ID,), "Attempt[]", refuses=UNKNOWN),
-    Route("GET", "/api/workers", Api.list_workers, (FULL,), "Worker[]|FullWorker[]", "workers"),
+    Route("GET", "/api/workers", Api.list_workers, (FULL, GONE), "Worker[]|FullWorker[]", "workers"),
     Route("GET", "/api/workers/{worker}", Api.get_worker, (WORKER_ID,), "FullWorker", "workers", {404: "NoSuchWorker"}),
     Route("GET", "/api/configs", Api.list_configs, (), "Config[]", "server", {507: None}),
     Route("GET", "/api/events", Api.listen, (LAST_EVENT_ID,), EVENTS, "server"),
@@ -715,69 +646,4 @@ def description() -> bytes:
     for route in ROUTES:
         paths.setdefault(route.path, {})[route.method.lower()] = route.describe(whole["components"])
     del whole["components"]["examples"]
-    return as_json(whole | {"paths": paths})
-
-
-# Events
-
-
-class Events:
-    """Server-sent events, made of the store's ticks; one listener renders a tick, the others take what it made."""
-
-    def __init__(self, store: Store, show: Callable[[Sequence[sqlite3.Row]], list[dict[str, Any]]]) -> None:
-        self._store, self._show = store, show
-        self._rendering = threading.Lock()
-        self._rendered: tuple[int, int, bytes] = (0, 0, b"")  # after which tick, up to which, what
-
-    def stream(self, last_id: int | None, request: Request) -> Iterator[bytes]:
-        """Give events from after `last_id`, for ever; a comment now and then. Ids grow, also across server starts."""
-        newest: Tick
-        tick: Tick | None
-        newest, tick = self._store.do(state.listen, last_id).result()
-        yield server_sent("stats", newest.overview, None if last_id else newest.id)
-        if tick is None:
-            yield server_sent("reset", {}, newest.id)
-            tick = newest
-        said = time.monotonic()
-        while True:
-            request.wait_for(tick.next, min(HEARTBEAT_SECONDS, CALLER_CHECK_SECONDS))
-            if not tick.next.done():
-                is_silent = time.monotonic() - said >= HEARTBEAT_SECONDS
-                said = time.monotonic() if is_silent else said
-                yield b":\n\n" if is_silent else b""  # b"": is the listener still there?
-                continue
-            said = time.monotonic()
-            ticks = list(ticks_after(tick))
-            yield self._render(tick.id, ticks)
-            tick = ticks[-1]
-
-    def _render(self, after: int, ticks: list[Tick]) -> bytes:
-        with self._rendering:
-            if self._rendered[:2] != (after, ticks[-1].id):
-                self._rendered = after, ticks[-1].id, self._events_of(ticks)
-            return self._rendered[2]
-
-    def _events_of(self, ticks: list[Tick]) -> bytes:
-        jobs = frozenset[int]().union(*(tick.jobs for tick in ticks))
-        workers = frozenset[int]().union(*(tick.workers for tick in ticks))
-        if len(ticks) > state.RING_TICKS:
-            return server_sent("reset", {}, ticks[-1].id)
-        rows = self._store.do(state.workers, workers).result() if workers else []
-        parts = [server_sent("worker", full_worker_json(row, held)) for row, held in rows]
-        if len(jobs) > MAX_TICK_JOBS:
-            parts.append(server_sent("reset", {}))
-        else:
-            rows = self._store.do(state.get_many, jobs).result() if jobs else []
-            parts += [server_sent("job", shown) for shown in self._show(rows)]
-        return b"".join(parts) + server_sent("stats", ticks[-1].overview, ticks[-1].id)
-
-
-def ticks_after(tick: Tick) -> Iterator[Tick]:
-    while tick.next.done():
-        tick = tick.next.result()
-        yield tick
-
-
-def server_sent(kind: str, data: object, id_: int | None = None) -> bytes:
-    """One server-sent event; an id on the last of a tick, so that who resumes after it has missed nothing."""
-    return (f"id: {id_}\n" if id_ else "").encode() + b"event: %b\ndata: %b\n\n" % (kind.encode(), as_json(data))
+    return as_json(whole | {"paths": paths}) + b"\n"

@@ -5,6 +5,7 @@ schedule.py's matter.
 """
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -74,6 +75,11 @@ def adopt_schedules(db: Database, texts: Mapping[str, str], now: float) -> tuple
             db.execute(BEGIN_SCHEDULE, (name, text, now))
             cursors[name] = now
     return cursors, sorted(ahead)
+
+
+def schedules(db: Database) -> dict[str, sqlite3.Row]:
+    """Give by name up to when each schedule is dealt with, how many due times it missed, and how many it skipped."""
+    return {row["name"]: row for row in db.execute(SCHEDULES)}
 
 
 def queue_due(db: Database, dues: Sequence[Due], now: float) -> list[Dealt]:

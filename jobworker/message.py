@@ -20,6 +20,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 MAX_HEADERS = 100
+CALLER_CHECK_SECONDS = 3  # how often one that waits looks whether its caller is still there
 MAX_BODY_BYTES = 8 * 1024 * 1024
 MAX_JOB_BYTES = 256 * 1024  # of JSON: its environment has at most 32 KiB, each of which may be written as \u0041
 ITEM_CHARACTERS = 4 * 1024  # most items of a list are shorter
@@ -182,6 +183,20 @@ def read_json(body: bytes | bytearray) -> Any:
         return _checked(json.loads(text, parse_constant=_refuse_constant), text)
 
 
+def read_form(body: bytes | bytearray) -> dict[str, str]:
+    """Give the fields of a form, as `curl -d NAME=Ada` sends it. Raises ApiError."""
+    try:
+        text = body.decode()
+        pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=1_000)
+    except ValueError as error:
+        detail = f"the body is neither JSON nor a form such as NAME=Ada: {str(error)[:200]}"
+        raise ApiError(HTTPStatus.BAD_REQUEST, detail) from error
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ApiError(HTTPStatus.BAD_REQUEST, "a field of the form is there twice")
+    return fields
+
+
 def read_items(body: bytes | bytearray, most: int) -> Iterator[dict[str, Any]]:
     """Give the objects of a JSON list one by one. Raises ApiError, also for more than `most`.
 
@@ -245,7 +260,12 @@ def _refusing_bad_json() -> Iterator[None]:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"the body is not JSON: {str(error)[:200]}") from error
 
 
+def answer_json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    """Give a value's JSON as an answer; its line ends, for who reads it in a terminal."""
+    return Response(as_json(value) + b"\n", status)
+
+
 def problem(error: ApiError) -> Response:
     status = error.status
     body = {"type": "about:blank", "title": status.phrase, "status": status.value, "detail": error.detail}
-    return Response(as_json(body), status, "application/problem+json", error.headers)
+    return Response(as_json(body) + b"\n", status, "application/problem+json", error.headers)

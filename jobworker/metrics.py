@@ -2,7 +2,7 @@
 
 import itertools
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobworker import VERSION
@@ -11,8 +11,16 @@ from jobworker.state import HISTOGRAM_SECONDS, Totals
 Sample = tuple[dict[str, str], float]
 
 
-def metrics_text(overview: dict[str, Any], workers: Sequence[tuple[sqlite3.Row, list[int]]], totals: Totals) -> str:
-    """Give all metrics in Prometheus' text format."""
+def metrics_text(
+    overview: dict[str, Any],
+    workers: Sequence[tuple[sqlite3.Row, list[int]]],
+    totals: Totals,
+    successes: Mapping[str, sqlite3.Row],
+    schedules: Iterable[sqlite3.Row],
+) -> str:
+    """Give all metrics in Prometheus' text format. successes: by name the newest job that succeeded."""
+    by_name = [({"name": row["name"]}, row["missed"], row["skipped"]) for row in schedules]
+    last: list[Sample] = [({"name": name}, row["finished_at"]) for name, row in successes.items()]
     up = [({"worker": row["name"]}, float(row["connected"])) for row, _jobs in workers]
     connected = [(row, jobs) for row, jobs in workers if row["connected"]]
     held: list[Sample] = [({"worker": row["name"]}, len(jobs)) for row, jobs in connected]
@@ -32,6 +40,9 @@ def metrics_text(overview: dict[str, Any], workers: Sequence[tuple[sqlite3.Row, 
         *family("worker_jobs", "gauge", "Jobs held.", held),
         *family("worker_slots", "gauge", "Slots.", slots),
         *family("jobs_finished_total", "counter", "Jobs that ended, since the server's start.", finished),
+        *family("job_last_success_timestamp_seconds", "gauge", "When a job of this name last succeeded.", last),
+        *family("schedule_missed_total", "counter", "Due times without a job.", [(name, n) for name, n, _ in by_name]),
+        *family("schedule_skipped_total", "counter", "Skipped: one was there.", [(name, n) for name, _, n in by_name]),
         *histogram("job_duration_seconds", "From start to end.", totals.durations),
         *histogram("job_queue_duration_seconds", "From POST to start.", totals.waits),
     ]

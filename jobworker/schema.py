@@ -34,6 +34,7 @@ CREATE INDEX job_name ON job (name, id);
 CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
 CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
 CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, id) WHERE worker IS NOT NULL;
 CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 
 CREATE TABLE request (
@@ -54,9 +55,10 @@ CREATE TABLE log (
 CREATE TABLE worker (
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, expected INTEGER NOT NULL DEFAULT 1,
     protocol INTEGER NOT NULL DEFAULT 2, slots INTEGER NOT NULL DEFAULT 0, tags TEXT NOT NULL DEFAULT '[]',
-    address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL
+    address TEXT, version TEXT, connected INTEGER NOT NULL DEFAULT 0, connected_at REAL, gone_at REAL, held TEXT
 ) STRICT;
 CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
+CREATE INDEX worker_gone ON worker (gone_at) WHERE gone_at IS NOT NULL;
 CREATE TABLE schedule (
     name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,
     missed INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0
@@ -75,6 +77,9 @@ ALTER TABLE worker ADD COLUMN address TEXT;
 ALTER TABLE worker ADD COLUMN version TEXT;
 ALTER TABLE worker ADD COLUMN connected INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE worker ADD COLUMN connected_at REAL;
+ALTER TABLE worker ADD COLUMN gone_at REAL;
+ALTER TABLE worker ADD COLUMN held TEXT;
+CREATE INDEX worker_gone ON worker (gone_at) WHERE gone_at IS NOT NULL;
 UPDATE worker SET protocol = 1 WHERE name GLOB 'version-1-????????';
 CREATE INDEX worker_expected ON worker (id) WHERE expected = 1;
 CREATE TABLE request (
@@ -91,6 +96,7 @@ ALTER TABLE job ADD COLUMN due_at REAL;
 ALTER TABLE job ADD COLUMN variables TEXT;
 CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
 CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, id) WHERE worker IS NOT NULL;
 CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 CREATE TABLE schedule (
     name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,

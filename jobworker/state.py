@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from heapq import heappop, heappush, merge
+from heapq import heappop, heappush
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -43,16 +43,15 @@ FINAL_STATES = ("success", "failure", "cancelled")
 FREE_PAGES_LIMIT = 1_000
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
-PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
 HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
 MAX_JOB_ID = 2**31 - 1
 
-_JOB = "SELECT job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
+JOB_WITH_WORKER = "job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
 _READY = "state = 'queued' AND not_before IS NULL"
 _ACTIVE = "state IN ('assigned', 'running')"
 _GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from_state"
 
-GET_JOB = f"{_JOB} WHERE job.id = ?"
+GET_JOB = f"SELECT {JOB_WITH_WORKER} WHERE job.id = ?"
 GET_STATE = "SELECT id, name, attempt, failures, cancelling, worker, state FROM job WHERE id = ?"
 INSERT_JOB = """INSERT INTO job
     (id, name, state, priority, environment, not_before, created_at, cause, due_at, variables)
@@ -76,6 +75,7 @@ ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, s
 MAY_COME_BACK = f"""SELECT id, name, protocol FROM worker
     WHERE expected = 1 OR id IN (SELECT worker FROM job WHERE {_ACTIVE})"""
 EXPECTED_WORKERS = "SELECT * FROM worker WHERE expected = 1 ORDER BY id"
+GONE_WORKERS = "SELECT * FROM worker WHERE gone_at > ? ORDER BY id"
 ANY_EXPECTED = "SELECT 1 FROM worker WHERE expected = 1 LIMIT 1"
 GET_WORKER = "SELECT * FROM worker WHERE id = ?"
 HELD_JOBS = f"SELECT worker, id FROM job WHERE {_ACTIVE}"
@@ -113,9 +113,10 @@ MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
 CONNECT_WORKER = """UPDATE worker SET expected = 1, connected = 1, protocol = :protocol, slots = :slots, tags = :tags,
-    address = :address, version = :version, connected_at = :since WHERE id = :id"""
-DISCONNECT_WORKER = "UPDATE worker SET connected = 0 WHERE id = ? AND connected_at = ?"
-DISCONNECT_ALL = "UPDATE worker SET connected = 0 WHERE expected = 1 AND connected"
+    address = :address, version = :version, connected_at = :since, gone_at = NULL, held = NULL WHERE id = :id"""
+DISCONNECT_WORKER = "UPDATE worker SET connected = 0, gone_at = ? WHERE id = ? AND connected_at = ?"
+DISCONNECT_ALL = "UPDATE worker SET connected = 0, gone_at = ? WHERE expected = 1 AND connected"
+KEEP_HELD = "UPDATE worker SET held = ? WHERE id = ?"
 FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND expected = 1"
 LOG_STATE = "SELECT log_bytes, reading FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
@@ -130,8 +131,6 @@ OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"
 COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
-
-_Wanted = tuple[Sequence[str], str | None, int, int | None]  # states, name, after, before
 
 
 class Rules(Protocol):
@@ -551,7 +550,7 @@ def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
     (clock,) = db.one(GET_CLOCK)
     if clock > now:
         shift_delays(db, now - clock, now)
-    db.execute(DISCONNECT_ALL)
+    db.execute(DISCONNECT_ALL, (now,))
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 
 
@@ -578,16 +577,17 @@ def attach(db: Database, arrival: Arrival, now: float, rules: Rules) -> tuple[in
     return worker, wanted
 
 
-def detach(db: Database, worker: int, since: float) -> int:
+def detach(db: Database, worker: int, since: float, now: float) -> int:
     """Note that a worker's connection is gone, and queue again what it had not started.
 
     since: that of the connection's Arrival; where a newer one has taken over, nothing changes. Returns how many jobs
     the worker may still be running.
     """
-    if db.execute(DISCONNECT_WORKER, (worker, since)).rowcount == 0:
+    if db.execute(DISCONNECT_WORKER, (now, worker, since)).rowcount == 0:
         return 0
     db.notes.workers.add(worker)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
+    db.execute(KEEP_HELD, (json.dumps([row["id"] for row in rows]), worker))
     for row in rows:
         if row["state"] == "assigned":
             _requeue(db, row, "requeue", row["failures"], None)
@@ -661,57 +661,25 @@ def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Fu
     return row, db.watch(job) if watch and row["state"] not in FINAL_STATES else None
 
 
-def page(
-    db: Database, states: Sequence[str], name: str | None, after: int, before: int | None, limit: int
-) -> list[sqlite3.Row]:
-    """Up to `limit` jobs with after < id < before, oldest first; fewer, but one at least, where they are long."""
-    rows, characters = [], 0
-    for row in _walk(db, _JOB, "ASC", (states, name, after, before), limit):
-        rows.append(row)
-        characters += len(row["environment"] or "")
-        if characters > PAGE_CHARACTERS:
-            break
-    return rows
-
-
-def start_of_newest(db: Database, states: Sequence[str], name: str | None, after: int, before: int, count: int) -> int:
-    """The id after which the newest `count` jobs with after < id < before come."""
-    newest = _walk(db, "SELECT job.id FROM job", "DESC", (states, name, after, before), count)
-    return min((row["id"] for row in newest), default=before) - 1
-
-
-def _walk(db: Database, select: str, order: str, wanted: _Wanted, limit: int) -> Iterator[sqlite3.Row]:
-    """One query a state, each a walk along an index in the order of ids: a few among millions cost the same."""
-    cursors = []
-    states, name, after, before = wanted
-    for state in states or (None,):
-        where = {"job.id > ?": after, "job.id < ?": before, "job.state = ?": state, "job.name = ?": name}
-        where = {condition: value for condition, value in where.items() if value is not None}
-        sql = f"{select} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
-        cursors.append(db.execute(sql, [*where.values(), limit]))
-    return islice(merge(*cursors, key=lambda row: row["id"], reverse=order == "DESC"), limit)
-
-
 def attempts(db: Database, job: int) -> list[sqlite3.Row]:
     """The attempts of a job that were followed by another, oldest first."""
     return db.execute(ATTEMPTS, (job,)).fetchall()
 
 
-def newest(db: Database, names: Iterable[str], sql: str = NEWEST_JOB) -> dict[str, sqlite3.Row]:
-    """The newest job of each of the names that has one; or, by NEWEST_SUCCESS, the newest that succeeded."""
-    ids = {name: db.one(sql, name)[0] for name in names}
-    return {name: db.one(GET_JOB, id_) for name, id_ in ids.items() if id_}
-
-
 # How things stand
 
 
-def workers(db: Database, ids: Iterable[int] | None = None) -> list[tuple[sqlite3.Row, list[int]]]:
+def workers(
+    db: Database, ids: Iterable[int] | None = None, gone_since: float | None = None
+) -> list[tuple[sqlite3.Row, list[int]]]:
     """Workers' rows, each with the ids of the jobs it holds: those asked for, or all that are there or may come back.
 
-    A row's `connected` is 0 for one that is away, its `tags` a JSON list.
+    A row's `connected` is 0 for one that is away, its `tags` and `held` JSON lists; held: what it had when it went.
+    gone_since: also those that went after this time, in seconds since the epoch.
     """
-    rows = db.execute(EXPECTED_WORKERS) if ids is None else (db.one(GET_WORKER, id_) for id_ in sorted(ids))
+    rows = list(db.execute(EXPECTED_WORKERS) if ids is None else (db.one(GET_WORKER, id_) for id_ in sorted(ids)))
+    if gone_since is not None:
+        rows = list({row["id"]: row for row in (*rows, *db.execute(GONE_WORKERS, (gone_since,)))}.values())
     held: defaultdict[int, list[int]] = defaultdict(list)
     for worker, job in db.execute(HELD_JOBS):
         held[worker].append(job)

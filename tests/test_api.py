@@ -243,7 +243,16 @@ KEYS_OF_A_FULL_JOB = [
     "exit_code",
     "reason",
 ]
-KEYS_OF_A_FULL_JOB += ["environment", "priority", "created_at", "started_at", "finished_at", "log_bytes"]
+KEYS_OF_A_FULL_JOB += [
+    "environment",
+    "priority",
+    "created_at",
+    "started_at",
+    "finished_at",
+    "log_bytes",
+    "cause",
+    "due_at",
+]
 
 
 class TestHttp:
@@ -299,7 +308,7 @@ class TestHttp:
                 assert [job["id"] for job in page] == [id_ for id_ in listed if id_ < ids[-1]][-limit:]
 
     def test_an_empty_list_queues_nothing(self, api: Server) -> None:
-        assert api.http("POST", "/api/jobs", []).body == b"[]"
+        assert api.http("POST", "/api/jobs", []).body == b"[]\n"
 
     def test_the_same_idempotency_key_is_the_same_job(self, api: Server) -> None:
         first, again = (api.http("POST", "/api/jobs/quick", headers={"Idempotency-Key": "a key"}) for _ in range(2))

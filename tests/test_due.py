@@ -1,6 +1,5 @@
 """due.py: a due time is a fact in the store, dealt with once, whatever is killed, full, set or restored."""
 
-import contextlib
 import random
 import sqlite3
 from collections.abc import Iterator
@@ -8,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from jobworker import due, state
+from jobworker import due, lists, state
 from jobworker.due import Scheduled, Scheduler
 from jobworker.schedule import Schedule
 from jobworker.state import FreeSlots, NewJob
 from jobworker.store import Store
-from tests.stage import Stage, until
+from tests.stage import Stage
 from tests.test_state import RULES, arrival
 
 HOUR = 3600.0
@@ -54,7 +53,7 @@ class Desk:
         return future.result()
 
     def rows(self) -> list[sqlite3.Row]:
-        rows: list[sqlite3.Row] = self.do(state.page, (), None, 0, None, 10**6)
+        rows: list[sqlite3.Row] = self.do(lists.page, lists.Wanted(), 10**6)
         return rows
 
     def dues(self) -> list[float]:
@@ -247,43 +246,6 @@ def test_the_container_is_told_when_it_was_due(desk: Desk) -> None:
     worker, _held = desk.do(state.attach, arrival("w"), desk.now, RULES)
     (claimed,) = desk.do(state.claim, [FreeSlots(worker, 1, frozenset({"hourly"}))], {})
     assert claimed.environment == {"JOBWORKER_DUE_AT": "2026-05-28T07:00:00Z"}
-
-
-class TestServer:
-    """A real server, whose cursors are set back while it is down."""
-
-    @pytest.fixture
-    def stage(self, stage: Stage) -> Stage:
-        stage.jobs.write_text("- {name: each, image: busybox, schedule: '* * * * *'}\n")
-        return stage
-
-    def set_back(self, stage: Stage, minutes: int) -> None:
-        with contextlib.closing(sqlite3.connect(stage.folder / "jobs.db")) as connection, connection:
-            connection.execute("UPDATE schedule SET upto = upto - ?", (60 * minutes,))
-
-    @pytest.mark.parametrize("minutes", [1, 2, 200])
-    def test_what_was_missed_gets_one_job(self, stage: Stage, minutes: int) -> None:
-        server = stage.server()
-        server.stop()
-        self.set_back(stage, minutes)
-        server.start()
-        job = until(lambda: server.get("/api/jobs?full=1"))
-        assert len(job) == 1
-        assert job[0]["due_at"].endswith(":00.000Z")
-
-    def test_one_that_is_killed_around_it_makes_it_once(self, stage: Stage) -> None:
-        server = stage.server()
-        server.kill()
-        chance = random.Random(3)
-        for _ in range(8):
-            self.set_back(stage, 1)
-            server.start()
-            until(lambda: server.get("/api/jobs") or chance.random() < 0.2)
-            server.kill()
-        server.start()
-        dues = [job["due_at"] for job in until(lambda: server.get("/api/jobs?full=1"))]
-        assert dues == sorted(set(dues))
-        assert server.get("/api/jobs?state=queued&full=1") == server.get("/api/jobs?full=1")[:1]
 
 
 def test_a_request_can_not_use_the_key_of_a_due_job(stage: Stage) -> None:

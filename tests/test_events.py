@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobworker import api as api_module
+from jobworker import events as events_module
 from jobworker import state as state_module
 from jobworker.message import parse_head
 from jobworker.state import Arrival
@@ -23,6 +23,7 @@ from tests.stage import (
     Server,
     Stage,
 )
+from tests.test_state import RULES
 
 
 def events_of(stream: Iterator[bytes], count: int) -> list[tuple[str, Any, str | None]]:
@@ -41,7 +42,7 @@ class Ring:
 
     def __init__(self) -> None:
         self.store = Store(":memory:").start()
-        self.events = api_module.Events(self.store, lambda _rows: [])
+        self.events = events_module.Events(self.store, lambda _rows: [])
         self.now = 1.0
         self.tick()
 
@@ -54,7 +55,7 @@ class Ring:
     def publish(self, number: int) -> None:
         """A worker of this number changes, and a moment ends."""
         about = Arrival(f"w{number}", 2, 0, (), "127.0.0.1:5", "0", 0.0, ())
-        self.store.do(state_module.attach, about, self.now, lambda *_: None).result()
+        self.store.do(state_module.attach, about, self.now, RULES).result()
         self.tick()
 
     @property
@@ -164,8 +165,8 @@ class TestEvents:
             assert again.ticks[-1].id > ids[-1]
 
     def test_silence_is_broken_by_comments(self, ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-        assert api_module.HEARTBEAT_SECONDS <= 15
-        monkeypatch.setattr(api_module, "HEARTBEAT_SECONDS", 0.05)
+        assert events_module.HEARTBEAT_SECONDS <= 15
+        monkeypatch.setattr(events_module, "HEARTBEAT_SECONDS", 0.05)
         stream = ring.stream(None)
         events_of(stream, 1)
         for _ in range(3):

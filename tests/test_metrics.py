@@ -153,6 +153,6 @@ class TestMetrics:
         totals = Totals()
         name = 'a"} 1\njobworker_jobs{state="forged\\'
         totals.finished[name, "success"] = 1
-        text = metrics_text({"jobs": {}, "queue_latency": 0}, [], totals)
+        text = metrics_text({"jobs": {}, "queue_latency": 0}, [], totals, {}, [])
         [family] = [one for one in text_string_to_metric_families(text) if one.name == "jobworker_jobs_finished"]
         assert [sample.labels["name"] for sample in family.samples] == [name]

@@ -54,7 +54,9 @@ request-timeout = 5
 deterministic = true
 database = "none"
 [checks.positive_data_acceptance] # a name, an id or a parameter that is well-formed need not be there
-expected-statuses = ["2xx", "400", "404", "409"]
+expected-statuses = ["2xx", "400", "404", "409", "424", "504"] # the last two are what `require` asks for
+[checks.not_a_server_error]
+expected-statuses = ["2xx", "3xx", "4xx", "504"]
 [checks.use_after_free] # DELETE cancels a job, which is still there to be seen
 enabled = false
 """

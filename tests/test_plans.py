@@ -4,10 +4,11 @@ import random
 import re
 import sqlite3
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
-from jobworker import state, store
+from jobworker import lists, state, store
 
 NAMED = {
     name: sql
@@ -52,17 +53,22 @@ class TestQueryPlans:
         assert all("INDEX job_ready" in step for step in searches)
 
     @pytest.mark.parametrize("states", [(), ("queued",), ("success", "failure")])
-    @pytest.mark.parametrize("name", [None, "backup"])
+    @pytest.mark.parametrize(
+        "wishes",
+        [{}, {"name": "backup"}, {"q": "ack"}, {"worker": "w"}, {"cause": 3}, {"worker": "w", "name": "backup"},
+         {"ended_after": 5.0}],
+    )  # fmt: skip
     @pytest.mark.parametrize("before", [None, 1_000])
     def test_a_page_of_jobs_walks_along_an_index(
-        self, database: sqlite3.Connection, states: tuple[str, ...], name: str | None, before: int | None
+        self, database: sqlite3.Connection, states: tuple[str, ...], wishes: dict[str, Any], before: int | None
     ) -> None:
         statements: list[str] = []
         db = state.Database(database, random.Random())
         database.set_trace_callback(statements.append)
-        state.page(db, states, name, 0, before, 50)
+        wanted = lists.Wanted(states, before=before, **wishes)
+        lists.page(db, wanted, 50)
         if before:
-            state.start_of_newest(db, states, name, 0, before, 50)
+            lists.start_of_newest(db, wanted, 50)
         database.set_trace_callback(None)
         assert statements
         for sql in statements:

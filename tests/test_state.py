@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-from jobworker import logs
+from jobworker import lists, logs
 from jobworker import state as state_module
 from jobworker.state import Arrival, FreeSlots, Key, NewJob
 from jobworker.store import Store
@@ -282,14 +282,14 @@ class StoreHistories(RuleBasedStateMachine):
     @rule(worker=workers_seen | st.integers(1, 2))
     def disconnect_late(self, worker: int) -> None:
         """The end of a connection that a newer one has replaced changes nothing."""
-        assert self.do(state_module.detach, worker, self.since[worker] - 0.5) == 0
+        assert self.do(state_module.detach, worker, self.since[worker] - 0.5, self.now) == 0
 
     @rule(worker=workers_seen | st.integers(1, 2))
     def disconnect(self, worker: int) -> None:
         self.connected.pop(worker, None)
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
         running = sum(job.state == "running" for job in mine)
-        assert self.do(state_module.detach, worker, self.since[worker]) == running
+        assert self.do(state_module.detach, worker, self.since[worker], self.now) == running
         for job in mine:
             if job.state == "assigned":
                 job.requeue(None)
@@ -439,7 +439,7 @@ class StoreHistories(RuleBasedStateMachine):
         ]
         count = self.do(state_module.prune, self.now - age, names, limit)
         assert count == min(limit, len(old))
-        there = {row["id"] for row in self.do(state_module.page, (), None, 0, None, 10**6)}
+        there = {row["id"] for row in self.do(lists.page, lists.Wanted(), 10**6)}
         gone = [job for job in self.jobs.values() if job.id not in there]
         assert len(gone) == count
         assert all(job in old for job in gone)
@@ -481,7 +481,7 @@ class StoreHistories(RuleBasedStateMachine):
 
     @invariant()
     def rows_equal_the_model(self) -> None:
-        rows = {row["id"]: row for row in self.do(state_module.page, (), None, 0, None, 10**6)}
+        rows = {row["id"]: row for row in self.do(lists.page, lists.Wanted(), 10**6)}
         assert list(rows) == sorted(self.jobs)
         for job in self.jobs.values():
             row = rows[job.id]

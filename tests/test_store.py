@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jobworker import logs
+from jobworker import lists, logs
 from jobworker import state as state_module
 from jobworker import store as store_module
 from jobworker.schema import SCHEMA_VERSION
@@ -55,7 +55,7 @@ class TestMigration:
         assert columns(tmp_path / "jobs.db") == columns(tmp_path / "new.db")
 
     def test_its_jobs_attempts_and_logs_are_there(self, store: Store) -> None:
-        rows = store.do(state_module.page, (), None, 0, None, 100).result()
+        rows = store.do(lists.page, lists.Wanted(), 100).result()
         shown = [(row["name"], row["state"], row["attempt"], row["worker_name"], row["environment"]) for row in rows]
         assert shown == [
             ("hello-world", "queued", 1, None, None),

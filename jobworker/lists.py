@@ -1,0 +1,101 @@
+"""Which jobs a list shows, and what is done to all of them. Functions for the store, as those of state.py."""
+
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import islice
+from typing import NamedTuple
+
+from jobworker.state import GET_JOB, JOB_WITH_WORKER, MAX_JOB_ID, NEWEST_JOB, Database, cancel
+
+PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
+
+# A seek a name.
+ALL_NAMES = """WITH RECURSIVE known (name) AS (
+    SELECT min(name) FROM job
+    UNION ALL
+    SELECT (SELECT min(name) FROM job WHERE name > known.name) FROM known WHERE name IS NOT NULL)
+    SELECT name FROM known WHERE instr(lower(name), lower(?))"""
+FIRST_ENDED_AFTER = "SELECT min(id) FROM job WHERE finished_at > ?"
+
+
+class Wanted(NamedTuple):
+    """The jobs that all of these admit. after, before: ids; ended_after: seconds since the epoch; q: in the name."""
+
+    states: Sequence[str] = ()
+    name: str | None = None
+    after: int = 0
+    before: int | None = None
+    q: str | None = None
+    worker: str | None = None
+    cause: int | None = None
+    ended_after: float | None = None
+
+
+def page(db: Database, wanted: Wanted, limit: int) -> list[sqlite3.Row]:
+    """Up to `limit` jobs, oldest first; fewer, but one at least, where they are long."""
+    rows, characters = [], 0
+    for row in _walk(db, f"SELECT {JOB_WITH_WORKER}", "ASC", wanted, limit):
+        rows.append(row)
+        characters += len(row["environment"] or "")
+        if characters > PAGE_CHARACTERS:
+            break
+    return rows
+
+
+def start_of_newest(db: Database, wanted: Wanted, count: int) -> int:
+    """The id after which the newest `count` of the jobs come."""
+    newest = _walk(db, "SELECT job.id FROM job", "DESC", wanted, count)
+    return min((row["id"] for row in newest), default=wanted.before or 0) - 1
+
+
+def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> Iterator[sqlite3.Row]:
+    """One query a state and name, each along an index in the order of ids: a few among millions cost the same."""
+    where: dict[str, object] = {
+        "job.id > ?": _first(db, wanted) - 1,
+        "job.id < ?": wanted.before,
+        "job.finished_at > ?": wanted.ended_after,
+    }
+    state, name = "job.state = ?", "job.name = ?"
+    if wanted.cause is not None or wanted.worker is not None:  # which admit fewer: let no other index be taken
+        where |= {"job.cause = ?": wanted.cause, "job.worker = (SELECT id FROM worker WHERE name = ?)": wanted.worker}
+        state, name = f"+{state}", f"+{name}"
+    cursors = []
+    for one_state in wanted.states or (None,):
+        for one_name in _names(db, wanted):
+            conditions = {**where, state: one_state, name: one_name}
+            conditions = {condition: value for condition, value in conditions.items() if value is not None}
+            sql = f"{select} WHERE {' AND '.join(conditions)} ORDER BY job.id {order} LIMIT ?"
+            cursors.append(db.execute(sql, [*conditions.values(), limit]))
+    return islice(merge(*cursors, key=lambda row: row["id"], reverse=order == "DESC"), limit)
+
+
+def _names(db: Database, wanted: Wanted) -> Sequence[str | None]:
+    if wanted.q is None:
+        return (wanted.name,)
+    return [name for (name,) in db.execute(ALL_NAMES, (wanted.q,)).fetchall() if wanted.name in (None, name)]
+
+
+def _first(db: Database, wanted: Wanted) -> int:
+    if wanted.ended_after is not None and not wanted.after:
+        return int(db.one(FIRST_ENDED_AFTER, wanted.ended_after)[0] or MAX_JOB_ID)
+    return wanted.after + 1
+
+
+def last_id(db: Database) -> int:
+    """The id of the newest job that there ever was."""
+    return db.notes.last_id
+
+
+def newest(db: Database, names: Iterable[str], sql: str = NEWEST_JOB) -> dict[str, sqlite3.Row]:
+    """The newest job of each of the names that has one; or, by NEWEST_SUCCESS, the newest that succeeded."""
+    ids = {name: db.one(sql, name)[0] for name in names}
+    return {name: db.one(GET_JOB, id_) for name, id_ in ids.items() if id_}
+
+
+def cancel_all(db: Database, wanted: Wanted, limit: int, now: float) -> tuple[int, int | None]:
+    """Cancel up to `limit` of the jobs; give how many, and the id after which to go on: None when that was all."""
+    rows = page(db, wanted, limit)
+    for row in rows:
+        cancel(db, row["id"], now)
+    return len(rows), rows[-1]["id"] if rows else None
