@@ -28,6 +28,8 @@ ABSENT = re.compile("no such (container|object|image)|image not known|no contain
 UNREACHED = re.compile(
     "cannot connect to the docker daemon|connection refused|permission denied while trying to connect", re.IGNORECASE
 )
+COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
+COMPLAINT_BYTES = 1000
 UNREADABLE = b"configured logging driver does not support reading"
 
 log = logging.getLogger("worker")
@@ -134,18 +136,23 @@ class Engine:
     async def follow(self, container: str, output: Callable[[bytes], None]) -> bool:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all."""
         unreadable = False
+        beginning = Beginning(output)
 
         def watch(data: bytes) -> None:
             nonlocal unreadable
             unreadable = unreadable or UNREADABLE in data
             if not unreadable:
-                output(data)
+                beginning.add(data)
 
         try:
             answer = await self._command(["logs", "--follow", container], output=watch)
         except NotStarted as error:
             log.warning("docker logs could not be started; trying again: %s", error)
             return False
+        finally:
+            beginning.hold()
+        if answer.code == 0:
+            beginning.pass_on()
         return answer.code == 0 or unreadable
 
     async def wait(self, container: str) -> None:
@@ -260,6 +267,36 @@ class Engine:
         if state and state.get("Status") not in NEVER_STARTED:
             return False
         return not await self.remove([container], force=False)
+
+
+class Beginning:
+    """Passes output on, its beginning only once that is surely not the complaint of a command that fails."""
+
+    def __init__(self, output: Callable[[bytes], None]) -> None:
+        self._output = output
+        self._held: bytes | None = b""  # None: all is passed on as it comes
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, data: bytes) -> None:
+        if self._held is None:
+            self._output(data)
+            return
+        self._held += data
+        if len(self._held) > COMPLAINT_BYTES:
+            self.pass_on()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(COMPLAINT_SECONDS, self.pass_on)
+
+    def hold(self) -> None:
+        """What is still held stays so until it is passed on explicitly."""
+        if self._timer:
+            self._timer.cancel()
+
+    def pass_on(self) -> None:
+        self.hold()
+        held, self._held = self._held, None
+        if held:
+            self._output(held)
 
 
 def backoff() -> Iterator[float]:

@@ -1,7 +1,9 @@
 """container.py: how a job's config becomes the words of `docker run`, and a container."""
 
+import asyncio
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from client import DockerCommand
 from jobworker.config import JobConfig
-from jobworker.container import FLAGS, Command, docker_run_command, is_absent
+from jobworker.container import FLAGS, Command, Engine, docker_run_command, is_absent
 from jobworker.life import allows
 from tests.stage import (
     Docker,
@@ -216,6 +219,38 @@ class TestEnginesWords:
     )
     def test_whatever_else_it_says_there_may_be_one(self, complaint: str) -> None:
         assert not is_absent("x-1", complaint)
+
+
+class TestFollowingALog:
+    def follow(self, tmp_path: Path, script: str, on_output: Callable[[bytes], None]) -> bool:
+        docker = tmp_path / "docker"
+        docker.write_text(f"#!/bin/sh\n{script}\n")
+        docker.chmod(0o755)
+
+        async def play() -> bool:
+            return await asyncio.wait_for(Engine(DockerCommand(str(docker), 1)).follow("c", on_output), 30)
+
+        return asyncio.run(play())
+
+    def test_the_complaint_of_a_command_that_fails_is_no_output(self, tmp_path: Path) -> None:
+        got: list[bytes] = []
+        assert not self.follow(tmp_path, "echo Cannot connect to the Docker daemon >&2; exit 1", got.append)
+        assert got == []
+
+    def test_what_a_container_wrote_is_passed_on_when_it_is_all(self, tmp_path: Path) -> None:
+        got: list[bytes] = []
+        assert self.follow(tmp_path, "echo connection refused", got.append)
+        assert got == [b"connection refused\n"]
+
+    def test_what_a_container_writes_is_passed_on_before_it_ends(self, tmp_path: Path) -> None:
+        got: list[bytes] = []
+
+        def on_output(data: bytes) -> None:
+            got.append(data)
+            (tmp_path / "seen").touch()
+
+        assert not self.follow(tmp_path, f"echo one; while [ ! -e {tmp_path}/seen ]; do :; done; exit 1", on_output)
+        assert got == [b"one\n"]
 
 
 class TestContainer:
