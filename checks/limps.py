@@ -412,7 +412,7 @@ class Limps:
         jobs = self.ground.jobs() or [1]
         paths = ["/", "/api/jobs?full=1", f"/api/jobs/{jobs[int(which * len(jobs))]}/log", "/api/events"]
         count = MANY_READERS if force > 0.7 else 20 + int(200 * force)
-        requests = [getting(paths[n % 4]) * 40 for n in range(count)]
+        requests = [getting(paths[n % 4]) * 8 for n in range(count)]
         callers = await asyncio.gather(*(self.call(request, 2048) for request in requests))
         self.count["readers did not read"] += 1
         await asyncio.sleep(1 + 4 * which)

@@ -12,7 +12,7 @@ from typing import Any
 GRACE_SECONDS = 6.0
 UNDISTURBED_SECONDS = 4.0  # with server, link and worker up for so long, a worker is expected to be back
 RETRY_SECONDS = 9.0  # but one that has just started asks docker again only so long after docker's limp
-HEALTH_SECONDS = 5.0  # for the slowest answer of /healthz on a busy machine
+HEALTH_SECONDS = 10.0  # for the slowest answer of /healthz on a busy machine
 PROMPT_SECONDS = 1.0  # for nine of ten
 
 Job = dict[str, Any]
@@ -232,7 +232,7 @@ def undisturbed_probes(it: Evidence) -> list[Probe]:
     answered = [asked for asked, _took, status in it.probes if status]
     starts = it.process_starts["server"]
     starting = [(start, min((asked for asked in answered if asked > start), default=start)) for start in starts]
-    spans = it.disturbed["server"] + starting
+    spans = [(0.0, starts[0]), *it.disturbed["server"], *starting]
     return [probe for probe in it.probes if not any(a <= probe[0] + probe[1] and probe[0] <= b for a, b in spans)]
 
 
