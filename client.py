@@ -37,7 +37,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -54,6 +54,7 @@ from jobworker.life import End, Life
 from jobworker.options import (
     OptionError,
     command_line,
+    end_at_once,
     quiet_logger,
     raise_limit_of_files,
     setting,
@@ -107,8 +108,8 @@ Result = JobSuccess | JobFailure
 OnEnd = Callable[["Attempt"], None]
 
 EXAMPLE = """\
-  python client.py localhost:8080
-  python client.py --slots 4 --tag gpu --token-file token wss://jobs.example.org/runner
+  %(command)s localhost:8080
+  %(command)s --slots 4 --tag gpu --token-file token wss://jobs.example.org/runner
 """
 
 log = logging.getLogger("worker")
@@ -725,8 +726,7 @@ async def work(options: argparse.Namespace, name: str) -> int:
             return
         if running := worker.running_containers():
             log.warning("leaving; these containers run on and are found again: %s", ", ".join(running))
-        logging.shutdown()
-        os._exit(bool(running))
+        end_at_once(bool(running))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
@@ -768,7 +768,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def main() -> int:
+def main() -> NoReturn:
     options = parse_options()
     start_logging(options.verbose)
     try:
@@ -779,20 +779,19 @@ def main() -> int:
         raise_limit_of_files()
     except (FatalError, OptionError) as error:
         log.critical("%s", error)
-        return 2
+        end_at_once(2)
+    exit_code = 1  # what runs in a container runs on and is found again
     try:
-        return asyncio.run(work(options, name))
+        exit_code = asyncio.run(work(options, name))
     except FatalError as error:
         log.critical("%s", error)
     except Exception as error:
         log.critical("internal error", exc_info=error)
-    return 1  # what runs in a container runs on and is found again
+    end_at_once(exit_code)  # a thread may still wait for its `docker run`
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    logging.shutdown()
-    os._exit(exit_code)  # at once: a thread may still wait for its `docker run`
+    main()
 
 # /// script
 # requires-python = ">=3.11"

@@ -84,8 +84,8 @@ PRUNE_JOBS = 50
 GONE_JOBS = 500
 
 EXAMPLE = """\
-  python server.py jobs.yaml
-  python server.py --host 0.0.0.0 --token-file tokens --keep 90d jobs.yaml
+  %(command)s jobs.yaml
+  %(command)s --host 0.0.0.0 --token-file tokens --keep 90d jobs.yaml
 """
 
 log = logging.getLogger("server")

@@ -6,7 +6,9 @@ import logging
 import os
 import re
 import resource
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 MIN_TOKEN_CHARACTERS = 16
 
@@ -16,7 +18,12 @@ class OptionError(Exception):
 
 
 def command_line(description: str, version: str, example: str) -> argparse.ArgumentParser:
-    """Give a parser with the options that both programs have; its help ends with the example."""
+    """Give a parser with the options that both programs have.
+
+    example: lines that end the help; their `%(command)s` becomes what the program was started with.
+    """
+    program = Path(sys.argv[0]).name
+    example %= {"command": f"python {program}" if program.endswith(".py") else program}
     parser = argparse.ArgumentParser(
         description=description,
         epilog=f"An option may be set by a variable, too, --token-file as JOBWORKER_TOKEN_FILE.\n\nexample:\n{example}",
@@ -121,6 +128,12 @@ def start_logging(verbose: bool) -> None:
     stream = logging.StreamHandler()
     stream.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
+
+
+def end_at_once(code: int) -> NoReturn:
+    """End the process with this exit code; no thread is waited for."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def raise_limit_of_files() -> None:
