@@ -1090,7 +1090,7 @@ class TestPromise12Schedules:
     @pytest.mark.parametrize("minutes", [1, 2, 200])
     def test_of_several_missed_due_times_the_latest_gets_one(self, stage: Stage, minutes: int) -> None:
         server = stage.server(jobs=self.JOBS)
-        server.stop()
+        server.kill()
         self.set_back(stage, minutes)
         server.start()
         (job,) = until(lambda: server.get("/api/jobs?full=1"))
@@ -1110,9 +1110,8 @@ class TestPromise12Schedules:
         jobs = server.get("/api/jobs?full=1")
         dues = [job["due_at"] for job in jobs if job["name"] == "each"]
         assert dues == sorted(set(dues))
-        assert sorted(job["cause"] for job in jobs if job["name"] == "told") == [
-            job["id"] for job in jobs if job["name"] == "each"
-        ]
+        causes = sorted(job["cause"] for job in jobs if job["name"] == "told")
+        assert causes == [job["id"] for job in jobs if job["name"] == "each"]
 
     def test_containers_are_told_when_they_were_due_and_what_they_follow(self, stage: Stage) -> None:
         server = stage.server("--hold", jobs=self.JOBS)
