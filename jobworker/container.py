@@ -22,6 +22,7 @@ ENGINE_PATIENCE_SECONDS = 30
 CREATED_SECONDS = 0.5
 KILLED = 137
 NEVER_STARTED = ("created", "initialized")  # the latter is podman's
+HALF_REMOVED = ("dead", "removing")  # has ended, and its log can't be read any more
 # The only words that mean that there is none; whatever else an engine says, it may be there.
 ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
 # `docker run` did not even reach the engine: nothing has started.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from jobworker.container import (
     ENGINE_PATIENCE_SECONDS,
     ENGINE_RETRY_SECONDS,
+    HALF_REMOVED,
     KILLED,
     NEVER_STARTED,
     UNREACHED,
@@ -209,7 +210,9 @@ class Life:
         """Read the container's output again from its start, until it has ended."""
         whole = False
         # A container that is gone has no state, and what was read of it stays.
-        while not whole and await self._engine.state(self.container):
+        while not whole and (state := await self._engine.state(self.container)):
+            if state.get("Status") in HALF_REMOVED:
+                break  # nor is more to be had of one whose removal has failed
             self.output.read_again()
             if whole := await self._engine.follow(self.container, self.output.add):
                 self.output.is_whole()
