@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 SCRIPT = """\
 #!/bin/sh
@@ -173,7 +173,7 @@ class Docker:
     @contextlib.contextmanager
     def being_written(self) -> Iterator[None]:
         """Text file busy."""
-        with self.path.open("a"):
+        with open_to_write(self.path):
             yield
 
     @contextlib.contextmanager
@@ -230,6 +230,12 @@ def answer_all(taking: socket.socket, answer: bytes) -> None:
             with taking.accept()[0] as caller, contextlib.suppress(OSError):
                 caller.recv(65536)
                 caller.sendall(answer)
+
+
+def open_to_write(path: Path) -> IO[str]:
+    while True:
+        with contextlib.suppress(OSError):  # it is just being started, and so busy itself
+            return path.open("a")
 
 
 def replace(path: Path, text: str, mode: int = 0o644) -> None:

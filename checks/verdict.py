@@ -13,6 +13,7 @@ GRACE_SECONDS = 6.0
 UNDISTURBED_SECONDS = 4.0  # with server, link and worker up for so long, a worker is expected to be back
 RETRY_SECONDS = 9.0  # but one that has just started asks docker again only so long after docker's limp
 HEALTH_SECONDS = 10.0  # for the slowest answer of /healthz on a busy machine
+UNKNOWN_CODE = 255  # what an engine says of a container that ended just when it was stopped
 PROMPT_SECONDS = 1.0  # for nine of ten
 
 Job = dict[str, Any]
@@ -157,7 +158,8 @@ def outcomes_are_true(it: Evidence) -> Iterator[Finding]:
             true = reason == "lost"
         yield true, f"{reason!r} is not what happened: {story(it, key)}"
         if own_end(it, key) and code is not None:
-            yield code == kind.exit_code(key[1]), f"its container was ended by another: {story(it, key)}"
+            unknown = code == UNKNOWN_CODE and any(a - 1 < it.deaths[key][0] < b + 1 for a, b in it.limps)
+            yield code == kind.exit_code(key[1]) or unknown, f"its container was ended by another: {story(it, key)}"
 
 
 def logs_are_whole(it: Evidence) -> Iterator[Finding]:
