@@ -513,7 +513,7 @@ def _chain_back(jobs: Mapping[str, JobConfig], goal: str, first: str) -> list[st
 def _schedule(node: yaml.Node) -> tuple[str, ...]:
     texts = _SCHEDULES(node) if isinstance(node, yaml.SequenceNode) else (_DUE(node),)
     if not texts:
-        raise _unexpected(node, "when it is due, such as 30 2 * * * or @daily")
+        raise _error(node, "an empty list is never due: leave it out")
     return tuple(texts)
 
 

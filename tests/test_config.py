@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from jobworker import config
-from jobworker.config import ConfigError, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
+from jobworker.config import ConfigError, Configs, JobConfig, Parameter, check_parameters, load_jobs, parse_duration
 
 LOADERS = sorted({config.YAML_LOADER, yaml.SafeLoader}, key=str)
 EXAMPLE = Path(config.__file__).parent.parent / "jobs.yaml"
@@ -512,3 +512,74 @@ class TestDuration:
     def test_anything_else_is_an_error(self, text: str) -> None:
         with pytest.raises(ValueError, match="is not a duration such as"):
             parse_duration(text)
+
+
+class TestSchedules:
+    """When a job is due by itself, and what follows its end."""
+
+    def test_a_text_or_a_list_in_a_zone(self, tmp_path: Path) -> None:
+        one = job_of('schedule: "30 2 * * *"\ntimezone: Europe/Berlin', tmp_path)
+        two = job_of('schedule: ["@daily", 5 4 * * *]', tmp_path)
+        assert (one.schedule, one.timezone) == (("30 2 * * *",), "Europe/Berlin")
+        assert (two.schedule, two.timezone) == (("@daily", "5 4 * * *"), "UTC")
+        assert Configs([two]).schedules["job"].next_due(0) == (4 * 60 + 5) * 60
+
+    def test_no_worker_is_told(self, tmp_path: Path) -> None:
+        (job, _other) = jobs_of(
+            "- {name: a, image: b, schedule: '@daily', timezone: Asia/Tokyo, on_failure: c}\n- {name: c, image: b}",
+            tmp_path,
+        )
+        assert job.to_wire() == {"command": None, "image": "b", "name": "a"}
+
+    def test_what_follows_needs_a_worker_that_can_be_told_of_its_cause(self, tmp_path: Path) -> None:
+        configs = Configs(jobs_of("- {name: a, image: b, on_success: c}\n- {name: c, image: b}", tmp_path))
+        assert configs.names_for((), 1) == {"a"}
+        assert configs.names_for((), 2) == {"a", "c"}
+        assert [job["name"] for job in configs.to_wire(1)] == ["a"]
+
+    def test_what_follows_has_the_defaults_of_its_parameters(self, tmp_path: Path) -> None:
+        text = "- {name: a, image: b, on_failure: c}\n"
+        text += "- {name: c, image: b, priority: 3, parameters: {X: {default: y}, Z: }}"
+        configs = Configs(jobs_of(text, tmp_path))
+        assert configs.follow_up("a", "failure") == ("c", {"X": "y"}, 3)
+        assert configs.follow_up("a", "success") is configs.follow_up("gone", "failure") is None
+
+    @pytest.mark.parametrize(
+        ("text", "error"),
+        [
+            ("schedule: 0 3 * *", '3:13: schedule: expected .*: "0 3 \\* \\*": this is not five fields'),
+            ("schedule: [5 4 * * *, 0 9 30 2 *]", '3:25: schedule: .* "30": never comes'),
+            ("schedule: []", "3:13: schedule: an empty list is never due"),
+            ("schedule: 5", "3:13: schedule: expected .*, not 5"),
+            ("schedule: {cron: a}", "3:13: schedule: expected .*, not a map"),
+            ('schedule: "@daily"\ntimezone: Europe/Belin', "4:13: timezone: .*did you mean Europe/Berlin"),
+            ("timezone: Europe/Berlin", "3:3: timezone: says when a schedule is due, and there is none"),
+            ('schedule: "@daily"\nparameters: {A: {required: true}}', "3:3: schedule: nobody sets A"),
+            ("on_failure: jib", "3:3: on_failure: there is no job named .*; did you mean job"),
+            ("on_success: job", "3:3: on_success: leads back to this job, for ever: job -> job"),
+            ("schedule: * * * * *", "3:14: .*; put the value in quotes"),
+            ("schedule: @daily", "3:13: .*; put the value in quotes"),
+        ],
+    )
+    def test_what_is_wrong_is_told_with_its_place(self, text: str, error: str, tmp_path: Path) -> None:
+        lines = "".join(f"  {line}\n" for line in text.split("\n"))
+        (found,) = errors_of("- name: job\n  image: busybox\n" + lines, tmp_path)
+        assert re.match(f"jobs.yaml:{error}", found), found
+
+    def test_a_chain_that_leads_back_is_shown(self, tmp_path: Path) -> None:
+        text = "- {name: a, image: i, on_failure: b}\n- {name: b, image: i, on_success: c}\n"
+        text += "- {name: c, image: i, on_failure: a}"
+        found = errors_of(text, tmp_path)
+        assert found[0] == "jobs.yaml:1:23: on_failure: leads back to this job, for ever: a -> b -> c -> a"
+        assert len(found) == 3
+
+    def test_two_ways_to_one_end_lead_nowhere_back(self, tmp_path: Path) -> None:
+        text = "- {name: a, image: i, on_failure: b, on_success: c}\n- {name: b, image: i, on_success: c}\n"
+        text += "- {name: c, image: i}"
+        assert len(jobs_of(text, tmp_path)) == 3
+
+    def test_what_follows_may_require_nothing(self, tmp_path: Path) -> None:
+        text = "- {name: a, image: i, on_failure: b}\n- {name: b, image: i, parameters: {X: {required: true}}}"
+        assert errors_of(text, tmp_path) == [
+            "jobs.yaml:1:23: on_failure: b requires X, which nobody sets: give it a default"
+        ]
