@@ -166,6 +166,33 @@ def _checked(config: JobConfig, body: object) -> NewJob:
     return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay)
 
 
+def read_list(
+    configs: Configs, body: bytes | bytearray, key: str | None
+) -> tuple[Callable[[], list[NewJob]], Key | None]:
+    """Give what gives the jobs that a list asks for, or raises ApiError, and its mark: mark(key, "POST", LIST)."""
+    jobs: list[NewJob] = []
+    wrong: list[ApiError] = []  # raised when the key has been looked up
+    content = hashlib.sha256(b'["POST", [')
+    for n, item in enumerate(read_items(body, MAX_LIST_JOBS)):
+        if key is not None:
+            content.update(b", " * (n > 0) + as_compared(item))
+        try:
+            if not wrong:
+                jobs.append(new_job(configs, item.pop("name", None), item, n))
+        except ApiError as error:
+            wrong = [error]
+            if key is None:
+                raise
+    content.update(b"]]")
+
+    def checked() -> list[NewJob]:
+        for error in wrong:
+            raise error
+        return jobs
+
+    return checked, None if key is None else Key(key, content.hexdigest())
+
+
 # Answers
 
 
@@ -174,7 +201,7 @@ class Api:
 
     def __init__(self, store: Store, configs: Configs, hold: bool, clock: Callable[[], float] = time.time) -> None:
         self.store, self.configs, self.hold, self.clock = store, configs, hold, clock
-        self.events = Events(store, self._show)
+        self.events = Events(store, self.show)
         self.paging = threading.Semaphore(PAGES_AT_ONCE)
         self.long_lists = threading.Semaphore(1)
         self.copying = threading.Lock()  # until it is sent: it takes room on the disk
@@ -198,52 +225,24 @@ class Api:
             log.error("internal error at %s %s", request.method, request.path, exc_info=error)
             raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log says more") from error
 
-    def _do(self, function: Callable[..., Any], *args: Any) -> Any:
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
         """Have the store do something and give the result. Raises ApiError for what it refuses."""
         result = self.store.do(function, *args).result()
         if isinstance(result, Refusal):
             raise ApiError(STATUS_OF[result.kind], result.detail + START_ONE * (result.kind == "no worker"))
         return result
 
-    def queue_job(
-        self, request: Request, name: str, wait: float, require: bool, full: bool, key: str | None
-    ) -> Response:
-        """Queue a job.
-
-        A 200 means that the job is on disk and will come to an end. With `wait` the answer comes when the job is final,
-        or after that time with the job as it then is. A form's fields, as of `curl -d NAME=Ada`, are its `environment`.
-        """
-        body = read_job(request)
-        marked = mark(key, "POST", name, body)
-        (id_,) = self._queue(lambda: [new_job(self.configs, name, body)], marked)
-        if not wait and not require and not full and key is None:
-            return answer_json(job_json(id_, name, "queued"))
-        request.drop_body()
-        row = self._wait(request, id_, wait)
-        return answer_json(self._show([row])[0] if full else job_json(id_, name, row["state"]), _status(row, require))
-
-    def list_jobs(self, request: Request, limit: int | None, full: bool, **wishes: Any) -> Response:  # noqa: ARG002
-        """List jobs, oldest first.
-
-        All that there are, or those that every given parameter admits. The list is sent as it is read, so a million
-        jobs are no burden.
-        """
-        wanted = Wanted(**wishes)
-        if wanted.before is not None and limit is None:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-        return Response(self._list(wanted, limit, full))
-
-    def _list(self, wanted: Wanted, limit: int | None, full: bool) -> Iterator[bytes]:
+    def pages(self, wanted: Wanted, limit: int | None, full: bool) -> Iterator[bytes]:
         left = MAX_JOB_ID if limit is None else limit
         if wanted.before is not None:
             left = min(left, MAX_PAGE_JOBS)
             with self.paging:
-                wanted = wanted._replace(after=self._do(lists.start_of_newest, wanted, left))
+                wanted = wanted._replace(after=self.do(lists.start_of_newest, wanted, left))
         separator = b"["
         while left > 0:
             with self.paging:  # many readers at once queue here, where they are in nobody's way
-                rows = self._do(lists.page, wanted, min(left, PAGE_JOBS))
-                page = [separator + as_json(self._list_json(rows, full))[1:-1]]
+                rows = self.do(lists.page, wanted, min(left, PAGE_JOBS))
+                page = [separator + as_json(self.list_json(rows, full))[1:-1]]
             if not rows:
                 break
             separator, left, wanted = b",", left - len(rows), wanted._replace(after=rows[-1]["id"])
@@ -251,104 +250,22 @@ class Api:
             yield page.pop()  # nothing here keeps it while it waits for its reader
         yield b"[]\n" if separator == b"[" else b"]\n"
 
-    def _list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
-        return self._show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
+    def list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
+        return self.show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
 
-    def queue_jobs(self, request: Request, key: str | None, states: Sequence[str], name: str | None) -> Response:
-        """Queue many jobs at once.
-
-        All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists. With `retry` there
-        is no body: every job that ended in one of these states, of that `name` where there is one, runs again as a new
-        job; the answer says how many, and which could not, in pieces of 500 jobs.
-        """
-        if states:
-            if request.body or key is not None:
-                raise ApiError(HTTPStatus.BAD_REQUEST, "with retry there is neither a body nor an Idempotency-Key")
-            return self._retry_all(Wanted(states, name))
-        if name is not None:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "name needs retry: the states of the jobs to run again")
-        with contextlib.ExitStack() as turn:
-            if len(request.body) > SHORT_LIST_BYTES:
-                take_turn(self.long_lists, turn, "too many lists at once")
-            ids = self._queue(*self._read_list(request.body, key))
-        request.drop_body()
-        pages = self._list(Wanted(after=ids[0] - 1 if ids else 0), len(ids), full=False)
-        return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
-
-    def _retry_all(self, wanted: Wanted) -> Response:
-        wanted = wanted._replace(before=self._do(lists.last_id) + 1)  # none of those that this makes
-        queued, refused = 0, []
-        while rows := self._do(lists.page, wanted, BULK_JOBS):
-            wanted = wanted._replace(after=rows[-1]["id"])
-            jobs = []
-            for row in rows:
-                try:
-                    jobs.append(self._again(row))
-                except ApiError as error:
-                    refused.append({"id": row["id"], "detail": error.detail})
-            queued += len(self._do(state.add, jobs, self.clock(), self.hold))
-        return answer_json({"queued": queued, "refused": refused})
-
-    def cancel_jobs(self, request: Request, states: Sequence[str], name: str | None) -> Response:  # noqa: ARG002
-        """Cancel many jobs at once.
-
-        All in one of the states, of that `name` where there is one, in pieces of 500 jobs. The answer says how many.
-        Those that run are asked to stop, as by `DELETE /api/jobs/{job}`.
-        """
-        if not states:
-            raise ApiError(HTTPStatus.BAD_REQUEST, "state is missing: which jobs to cancel, such as ?state=queued")
-        wanted, cancelled = Wanted(states, name, before=self._do(lists.last_id) + 1), 0
-        while True:
-            count, after = self._do(lists.cancel_all, wanted, BULK_JOBS, self.clock())
-            if after is None:
-                return answer_json({"cancelled": cancelled})
-            wanted, cancelled = wanted._replace(after=after), cancelled + count
-
-    def _read_list(self, body: bytes | bytearray, key: str | None) -> tuple[Callable[[], list[NewJob]], Key | None]:
-        """Give what gives the jobs that a list asks for, or raises ApiError, and its mark: mark(key, "POST", LIST)."""
-        jobs: list[NewJob] = []
-        wrong: list[ApiError] = []  # raised when the key has been looked up
-        content = hashlib.sha256(b'["POST", [')
-        for n, item in enumerate(read_items(body, MAX_LIST_JOBS)):
-            if key is not None:
-                content.update(b", " * (n > 0) + as_compared(item))
-            try:
-                if not wrong:
-                    jobs.append(new_job(self.configs, item.pop("name", None), item, n))
-            except ApiError as error:
-                wrong = [error]
-                if key is None:
-                    raise
-        content.update(b"]]")
-
-        def checked() -> list[NewJob]:
-            for error in wrong:
-                raise error
-            return jobs
-
-        return checked, None if key is None else Key(key, content.hexdigest())
-
-    def _queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
+    def queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
-        ids: list[int] | None = self._do(state.find_request, key) if key else None
+        ids: list[int] | None = self.do(state.find_request, key) if key else None
         if ids is None:
-            ids = self._do(state.add, jobs(), self.clock(), self.hold, key)
+            ids = self.do(state.add, jobs(), self.clock(), self.hold, key)
         return ids
 
-    def get_job(self, request: Request, id_: int, wait: float, require: bool) -> Response:
-        """A job in full.
-
-        With `wait` the answer comes when the job is final, or after that time with the job as it then is.
-        """
-        row = self._wait(request, id_, wait)
-        return answer_json(self._show([row])[0], _status(row, require))
-
-    def _wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
+    def wait(self, request: Request, job: int, wait: float) -> sqlite3.Row:
         """Give a job's row once it is final, or as it is after `wait` seconds or when the caller has hung up."""
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
-            row, changed = self._do(state.get_and_watch, job, wait > 0)
+            row, changed = self.do(state.get_and_watch, job, wait > 0)
             if changed is None:
                 return row
             while not changed.done() and wait:
@@ -356,74 +273,23 @@ class Api:
                 if time.monotonic() >= deadline or request.caller_is_gone():
                     wait = 0
 
-    def _show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
+    def show(self, rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
         """Give jobs in full, with why each of them waits."""
         configs = self.configs
         waiting = {row["name"] for row in rows if row["state"] == "queued"}
         limited = waiting & configs.limits.keys()
-        connected, active = self._do(state.what_waits_for, limited) if waiting else (set(), {})
+        connected, active = self.do(state.what_waits_for, limited) if waiting else (set(), {})
         kinds = {(protocol, tuple(json.loads(tags))) for protocol, tags in connected}
         return [full_job_json(row, reason_of(row, configs, kinds, active)) for row in rows]
 
-    def cancel_job(self, request: Request, id_: int) -> Response:  # noqa: ARG002
-        """Cancel a job.
-
-        One that waits is cancelled at once. One that runs is asked to stop (TERM, its `stop_grace_period`, KILL): the
-        answer shows it still `running` with the reason `cancelling`, and it is `cancelled` once its container is gone.
-        """
-        return answer_json(self._show([self._do(state.cancel, id_, self.clock())])[0])
-
-    def retry_job(self, request: Request, id_: int, key: str | None) -> Response:  # noqa: ARG002
-        """Run a job that has ended again, as a new job with the same environment and priority."""
-
-        def jobs() -> list[NewJob]:
-            row = self._do(state.get, id_)
-            if row["state"] not in FINAL_STATES:
-                raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
-            return [self._again(row)]
-
-        (new_id,) = self._queue(jobs, mark(key, "retry", id_))
-        row = self._do(state.get, new_id)
-        return answer_json(job_json(new_id, row["name"], row["state"]))
-
-    def _again(self, row: sqlite3.Row) -> NewJob:
+    def again(self, row: sqlite3.Row) -> NewJob:
         """Give the job that runs one that has ended again. Raises ApiError where jobs.yaml has changed meanwhile."""
         body = {"environment": json.loads(row["environment"] or "{}"), "priority": row["priority"]}
         return new_job(self.configs, row["name"], body)._replace(cause=row["cause"], variables=row["variables"])
 
-    def get_attempts(self, request: Request, id_: int) -> Response:  # noqa: ARG002
-        """The attempts of a job so far, oldest first.
-
-        None for a job that no worker has been given yet.
-        """
-        row = self._do(state.get, id_)
-        rows = [*self._do(state.attempts, id_), *([row] if row["attempt"] else [])]
-        return answer_json([attempt_json(attempt) for attempt in rows])
-
-    def get_log(
-        self,
-        request: Request,
-        id_: int,
-        follow: bool,
-        tail: int | None,
-        offset: int,
-        attempt: int | None,
-    ) -> Response:
-        """What a job wrote to stdout and stderr.
-
-        The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first and the
-        last 512 KiB are kept, and a line tells how much is missing between.
-        """
-        row = self._do(state.get, id_)
-        wanted: int = attempt or row["attempt"]
-        if tail is not None:
-            offset = max(offset, self._do(logs.tail_offset, id_, wanted, tail))
-        pieces = self._follow(request, id_, wanted, offset) if follow else self._read_log(id_, wanted, offset)
-        return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
-
-    def _read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
+    def read_log(self, job: int, attempt: int, offset: int) -> Generator[bytes, None, int]:
         """Give an attempt's output from an offset on, with a line where some was cut; return the offset of its end."""
-        while pieces := self._do(logs.read_log, job, attempt, offset):
+        while pieces := self.do(logs.read_log, job, attempt, offset):
             for start, data in pieces:
                 if start > offset:
                     yield b"\n[jobworker: %d bytes cut]\n" % (start - offset)
@@ -431,127 +297,283 @@ class Api:
                 offset = start + len(data)
         return offset
 
-    def _follow(self, request: Request, job: int, attempt: int, offset: int) -> Iterator[bytes]:
+    def follow(self, request: Request, job: int, attempt: int, offset: int) -> Iterator[bytes]:
         while True:
-            row, changed = self._do(state.get_and_watch, job, True)
+            row, changed = self.do(state.get_and_watch, job, True)
             attempt = attempt or row["attempt"]
-            offset = yield from self._read_log(job, attempt, offset)
+            offset = yield from self.read_log(job, attempt, offset)
             if changed is None or row["attempt"] > attempt:
                 return
             while not changed.done():
                 yield b""  # is the reader still there?
                 request.wait_for(changed, CALLER_CHECK_SECONDS)
 
-    def list_workers(self, request: Request, full: bool, gone: bool) -> Response:  # noqa: ARG002
-        """List the connected workers, by id."""
-        show = full_worker_json if full else worker_json
-        found = self._do(state.workers, None, self.clock() - GONE_SECONDS if gone else None)
-        return answer_json([show(row, jobs) for row, jobs in found if gone or row["connected"]])
 
-    def get_worker(self, request: Request, id_: int) -> Response:  # noqa: ARG002
-        """A connected worker in full."""
-        found = [(row, jobs) for row, jobs in self._do(state.workers, [id_]) if row["connected"]]
-        if not found:
-            raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
-        return answer_json(full_worker_json(*found[0]))
+def queue_job(
+    api: Api, request: Request, name: str, wait: float, require: bool, full: bool, key: str | None
+) -> Response:
+    """Queue a job.
 
-    def list_configs(self, request: Request) -> Response:  # noqa: ARG002
-        """The jobs of jobs.yaml, in its order.
+    A 200 means that the job is on disk and will come to an end. With `wait` the answer comes when the job is final,
+    or after that time with the job as it then is. A form's fields, as of `curl -d NAME=Ada`, are its `environment`.
+    """
+    body = read_job(request)
+    marked = mark(key, "POST", name, body)
+    (id_,) = api.queue(lambda: [new_job(api.configs, name, body)], marked)
+    if not wait and not require and not full and key is None:
+        return answer_json(job_json(id_, name, "queued"))
+    request.drop_body()
+    row = api.wait(request, id_, wait)
+    return answer_json(api.show([row])[0] if full else job_json(id_, name, row["state"]), _status(row, require))
 
-        What one needs to run them, when they are due next, and how the newest run of each stands. Their `environment`,
-        which may hold secrets, is not shown.
-        """
-        configs = self.configs
-        last = self._do(lists.newest, list(configs.by_name))
-        due_next = {
-            name: configs.schedules[name].next_due(row["upto"])
-            for name, row in self._do(schedules).items()
-            if name in configs.schedules
-        }
-        return answer_json(
-            [config_json(config, due_next.get(name), last.get(name)) for name, config in configs.by_name.items()]
-        )
 
-    def listen(self, request: Request, last_id: int | None) -> Response:
-        """Follow what changes, as server-sent events.
+def list_jobs(api: Api, _request: Request, limit: int | None, full: bool, **wishes: Any) -> Response:
+    """List jobs, oldest first.
 
-        An endless stream in the format of the HTML standard. It begins with `stats`; after that up to four times a
-        second what changed since, many changes of one job or worker as one event with its latest state, and `stats`
-        where they differ. The last event of each such batch has an `id`. A comment line comes after 15 s of silence.
+    All that there are, or those that every given parameter admits. The list is sent as it is read, so a million
+    jobs are no burden.
+    """
+    wanted = Wanted(**wishes)
+    if wanted.before is not None and limit is None:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
+    return Response(api.pages(wanted, limit, full))
 
-        | event | data |
-        | --- | --- |
-        | `job` | FullJob |
-        | `worker` | FullWorker; `connected` is false for one that left |
-        | `stats` | Stats |
-        | `reset` | `{}`: too much has changed to be told; fetch anew what you show |
-        """
-        return Response(self.events.stream(last_id, request), content_type=EVENTS, headers=UNBUFFERED)
 
-    def get_health(self, request: Request) -> Response:  # noqa: ARG002
-        """Whether the server can do its work."""
-        if self.store.error:
-            failing = {"status": "failing", "detail": self.store.error, "version": VERSION}
-            return answer_json(failing, HTTPStatus.SERVICE_UNAVAILABLE)
-        overview = self._do(state.overview, self.clock())
-        health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
-        return answer_json(health)
+def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str], name: str | None) -> Response:
+    """Queue many jobs at once.
 
-    def get_metrics(self, request: Request) -> Response:  # noqa: ARG002
-        """Metrics for Prometheus.
+    All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists. With `retry` there
+    is no body: every job that ended in one of these states, of that `name` where there is one, runs again as a new
+    job; the answer says how many, and which could not, in pieces of 500 jobs.
+    """
+    if states:
+        if request.body or key is not None:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "with retry there is neither a body nor an Idempotency-Key")
+        return _retry_all(api, Wanted(states, name))
+    if name is not None:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "name needs retry: the states of the jobs to run again")
+    with contextlib.ExitStack() as turn:
+        if len(request.body) > SHORT_LIST_BYTES:
+            take_turn(api.long_lists, turn, "too many lists at once")
+        ids = api.queue(*read_list(api.configs, request.body, key))
+    request.drop_body()
+    pages = api.pages(Wanted(after=ids[0] - 1 if ids else 0), len(ids), full=False)
+    return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
-        `jobworker_build_info{version}`, `jobworker_jobs{state}`, `jobworker_queue_latency_seconds`,
-        `jobworker_worker_up{worker}`, `jobworker_worker_jobs{worker}`, `jobworker_worker_slots{worker}`, and, counted
-        since the server's start, `jobworker_jobs_finished_total{name,state}` and the histograms
-        `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`. Of jobs in jobs.yaml:
-        `jobworker_job_last_success_timestamp_seconds{name}`, and of schedules `jobworker_schedule_missed_total{name}`
-        and `jobworker_schedule_skipped_total{name}`.
-        """
-        overview = self._do(state.overview, self.clock())
-        successes = self._do(lists.newest, list(self.configs.by_name), NEWEST_SUCCESS)
-        text = metrics_text(
-            overview, self._do(state.workers), self._do(state.totals), successes, self._do(schedules).values()
-        )
-        return Response(text.encode(), content_type=METRICS)
 
-    def get_backup(self, request: Request) -> Response:
-        """A copy of the database, to be put in place of a lost one.
+def _retry_all(api: Api, wanted: Wanted) -> Response:
+    wanted = wanted._replace(before=api.do(lists.last_id) + 1)  # none of those that this makes
+    queued, refused = 0, []
+    while rows := api.do(lists.page, wanted, BULK_JOBS):
+        wanted = wanted._replace(after=rows[-1]["id"])
+        jobs = []
+        for row in rows:
+            try:
+                jobs.append(api.again(row))
+            except ApiError as error:
+                refused.append({"id": row["id"], "detail": error.detail})
+        queued += len(api.do(state.add, jobs, api.clock(), api.hold))
+    return answer_json({"queued": queued, "refused": refused})
 
-        It holds every job accepted before this request, and most of those accepted while it is made; nobody has to wait
-        for it. It has a server identity of its own. One copy is made and sent at a time; a reader that takes less than
-        256 KiB a second is left after a minute.
-        """
-        headers = {"Content-Disposition": time.strftime('attachment; filename="jobs-%Y%m%dT%H%M%SZ.db"', time.gmtime())}
-        if request.method == "HEAD":
-            return Response(iter(()), content_type=SQLITE, headers=headers)
-        copy = self._copy(request)
-        next(copy)  # makes it: from now on its end, whatever that is, makes room for the next one
-        return Response(copy, content_type=SQLITE, headers=headers)
 
-    def _copy(self, request: Request) -> Iterator[bytes]:
-        if not self.copying.acquire(blocking=False):
-            raise ApiError(HTTPStatus.CONFLICT, "another copy is being made or sent; ask again in a moment")
-        try:
-            with self.store.backup(request.caller_is_gone) as file:
-                yield b""
-                slow_from = time.monotonic() + COPY_SECONDS
-                while piece := file.read(COPY_PIECE_BYTES):
-                    yield piece
-                    slow_from += len(piece) / SLOWEST_COPY_BYTES
-                    if time.monotonic() > slow_from:
-                        raise ConnectionAbortedError
-        finally:
-            self.copying.release()
+def cancel_jobs(api: Api, _request: Request, states: Sequence[str], name: str | None) -> Response:
+    """Cancel many jobs at once.
 
-    def get_description(self, request: Request) -> Response:  # noqa: ARG002
-        """This description, as OpenAPI 3.1."""
-        return Response(description())
+    All in one of the states, of that `name` where there is one, in pieces of 500 jobs. The answer says how many.
+    Those that run are asked to stop, as by `DELETE /api/jobs/{job}`.
+    """
+    if not states:
+        raise ApiError(HTTPStatus.BAD_REQUEST, "state is missing: which jobs to cancel, such as ?state=queued")
+    wanted, cancelled = Wanted(states, name, before=api.do(lists.last_id) + 1), 0
+    while True:
+        count, after = api.do(lists.cancel_all, wanted, BULK_JOBS, api.clock())
+        if after is None:
+            return answer_json({"cancelled": cancelled})
+        wanted, cancelled = wanted._replace(after=after), cancelled + count
 
-    def get_dashboard(self, request: Request) -> Response:  # noqa: ARG002
-        """The dashboard, a page for browsers."""
-        page, policy = dashboard()
-        headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-        return Response(page, content_type=HTML, headers=headers)
+
+def get_job(api: Api, request: Request, id_: int, wait: float, require: bool) -> Response:
+    """A job in full.
+
+    With `wait` the answer comes when the job is final, or after that time with the job as it then is.
+    """
+    row = api.wait(request, id_, wait)
+    return answer_json(api.show([row])[0], _status(row, require))
+
+
+def cancel_job(api: Api, _request: Request, id_: int) -> Response:
+    """Cancel a job.
+
+    One that waits is cancelled at once. One that runs is asked to stop (TERM, its `stop_grace_period`, KILL): the
+    answer shows it still `running` with the reason `cancelling`, and it is `cancelled` once its container is gone.
+    """
+    return answer_json(api.show([api.do(state.cancel, id_, api.clock())])[0])
+
+
+def retry_job(api: Api, _request: Request, id_: int, key: str | None) -> Response:
+    """Run a job that has ended again, as a new job with the same environment and priority."""
+
+    def jobs() -> list[NewJob]:
+        row = api.do(state.get, id_)
+        if row["state"] not in FINAL_STATES:
+            raise ApiError(HTTPStatus.CONFLICT, f"job {row['id']} has not ended: it is {row['state']}")
+        return [api.again(row)]
+
+    (new_id,) = api.queue(jobs, mark(key, "retry", id_))
+    row = api.do(state.get, new_id)
+    return answer_json(job_json(new_id, row["name"], row["state"]))
+
+
+def get_attempts(api: Api, _request: Request, id_: int) -> Response:
+    """The attempts of a job so far, oldest first.
+
+    None for a job that no worker has been given yet.
+    """
+    row = api.do(state.get, id_)
+    rows = [*api.do(state.attempts, id_), *([row] if row["attempt"] else [])]
+    return answer_json([attempt_json(attempt) for attempt in rows])
+
+
+def get_log(
+    api: Api,
+    request: Request,
+    id_: int,
+    follow: bool,
+    tail: int | None,
+    offset: int,
+    attempt: int | None,
+) -> Response:
+    """What a job wrote to stdout and stderr.
+
+    The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first and the
+    last 512 KiB are kept, and a line tells how much is missing between.
+    """
+    row = api.do(state.get, id_)
+    wanted: int = attempt or row["attempt"]
+    if tail is not None:
+        offset = max(offset, api.do(logs.tail_offset, id_, wanted, tail))
+    pieces = api.follow(request, id_, wanted, offset) if follow else api.read_log(id_, wanted, offset)
+    return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
+
+
+def list_workers(api: Api, _request: Request, full: bool, gone: bool) -> Response:
+    """List the connected workers, by id."""
+    show = full_worker_json if full else worker_json
+    found = api.do(state.workers, None, api.clock() - GONE_SECONDS if gone else None)
+    return answer_json([show(row, jobs) for row, jobs in found if gone or row["connected"]])
+
+
+def get_worker(api: Api, _request: Request, id_: int) -> Response:
+    """A connected worker in full."""
+    found = [(row, jobs) for row, jobs in api.do(state.workers, [id_]) if row["connected"]]
+    if not found:
+        raise ApiError(HTTPStatus.NOT_FOUND, f"no worker with id {id_} is connected")
+    return answer_json(full_worker_json(*found[0]))
+
+
+def list_configs(api: Api, _request: Request) -> Response:
+    """The jobs of jobs.yaml, in its order.
+
+    What one needs to run them, when they are due next, and how the newest run of each stands. Their `environment`,
+    which may hold secrets, is not shown.
+    """
+    configs = api.configs
+    last = api.do(lists.newest, list(configs.by_name))
+    due_next = {
+        name: configs.schedules[name].next_due(row["upto"])
+        for name, row in api.do(schedules).items()
+        if name in configs.schedules
+    }
+    return answer_json(
+        [config_json(config, due_next.get(name), last.get(name)) for name, config in configs.by_name.items()]
+    )
+
+
+def listen(api: Api, request: Request, last_id: int | None) -> Response:
+    """Follow what changes, as server-sent events.
+
+    An endless stream in the format of the HTML standard. It begins with `stats`; after that up to four times a
+    second what changed since, many changes of one job or worker as one event with its latest state, and `stats`
+    where they differ. The last event of each such batch has an `id`. A comment line comes after 15 s of silence.
+
+    | event | data |
+    | --- | --- |
+    | `job` | FullJob |
+    | `worker` | FullWorker; `connected` is false for one that left |
+    | `stats` | Stats |
+    | `reset` | `{}`: too much has changed to be told; fetch anew what you show |
+    """
+    return Response(api.events.stream(last_id, request), content_type=EVENTS, headers=UNBUFFERED)
+
+
+def get_health(api: Api, _request: Request) -> Response:
+    """Whether the server can do its work."""
+    if api.store.error:
+        failing = {"status": "failing", "detail": api.store.error, "version": VERSION}
+        return answer_json(failing, HTTPStatus.SERVICE_UNAVAILABLE)
+    overview = api.do(state.overview, api.clock())
+    health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
+    return answer_json(health)
+
+
+def get_metrics(api: Api, _request: Request) -> Response:
+    """Metrics for Prometheus.
+
+    `jobworker_build_info{version}`, `jobworker_jobs{state}`, `jobworker_queue_latency_seconds`,
+    `jobworker_worker_up{worker}`, `jobworker_worker_jobs{worker}`, `jobworker_worker_slots{worker}`, and, counted
+    since the server's start, `jobworker_jobs_finished_total{name,state}` and the histograms
+    `jobworker_job_duration_seconds{name}` and `jobworker_job_queue_duration_seconds{name}`. Of jobs in jobs.yaml:
+    `jobworker_job_last_success_timestamp_seconds{name}`, and of schedules `jobworker_schedule_missed_total{name}`
+    and `jobworker_schedule_skipped_total{name}`.
+    """
+    overview = api.do(state.overview, api.clock())
+    successes = api.do(lists.newest, list(api.configs.by_name), NEWEST_SUCCESS)
+    text = metrics_text(overview, api.do(state.workers), api.do(state.totals), successes, api.do(schedules).values())
+    return Response(text.encode(), content_type=METRICS)
+
+
+def get_backup(api: Api, request: Request) -> Response:
+    """A copy of the database, to be put in place of a lost one.
+
+    It holds every job accepted before this request, and most of those accepted while it is made; nobody has to wait
+    for it. It has a server identity of its own. One copy is made and sent at a time; a reader that takes less than
+    256 KiB a second is left after a minute.
+    """
+    headers = {"Content-Disposition": time.strftime('attachment; filename="jobs-%Y%m%dT%H%M%SZ.db"', time.gmtime())}
+    if request.method == "HEAD":
+        return Response(iter(()), content_type=SQLITE, headers=headers)
+    copy = copy_in_pieces(api.store, api.copying, request.caller_is_gone)
+    next(copy)  # makes it: from now on its end, whatever that is, makes room for the next one
+    return Response(copy, content_type=SQLITE, headers=headers)
+
+
+def get_description(api: Api, __request: Request) -> Response:
+    """This description, as OpenAPI 3.1."""
+    return Response(description())
+
+
+def get_dashboard(api: Api, __request: Request) -> Response:
+    """The dashboard, a page for browsers."""
+    page, policy = dashboard()
+    headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
+    return Response(page, content_type=HTML, headers=headers)
+
+
+def copy_in_pieces(store: Store, place: threading.Lock, caller_is_gone: Callable[[], bool]) -> Iterator[bytes]:
+    """Make a copy of the database, then give it. Raises ApiError where another has the place."""
+    if not place.acquire(blocking=False):
+        raise ApiError(HTTPStatus.CONFLICT, "another copy is being made or sent; ask again in a moment")
+    try:
+        with store.backup(caller_is_gone) as file:
+            yield b""
+            slow_from = time.monotonic() + COPY_SECONDS
+            while piece := file.read(COPY_PIECE_BYTES):
+                yield piece
+                slow_from += len(piece) / SLOWEST_COPY_BYTES
+                if time.monotonic() > slow_from:
+                    raise ConnectionAbortedError
+    finally:
+        place.release()
 
 
 def _status(row: sqlite3.Row, require: bool) -> HTTPStatus:
@@ -597,43 +619,43 @@ ROUTES = [
     Route(
         "POST",
         "/api/jobs/{job}",
-        Api.queue_job,
+        queue_job,
         (JOB_NAME, WAIT, REQUIRE, FULL, KEY),
         "Job|FullJob",
         refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"} | REQUIRED,
         body="NewJob?",
     ),
-    Route("GET", "/api/jobs", Api.list_jobs, LIST, "Job[]|FullJob[]"),
+    Route("GET", "/api/jobs", list_jobs, LIST, "Job[]|FullJob[]"),
     Route(
         "POST",
         "/api/jobs",
-        Api.queue_jobs,
+        queue_jobs,
         (KEY, RETRY_STATES, NAME),
         "Job[]|Retried",
         refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
         body="NewNamedJob[]?",
     ),
-    Route("GET", "/api/jobs/{job}", Api.get_job, (JOB_ID, WAIT, REQUIRE), "FullJob", refuses=UNKNOWN | REQUIRED),
-    Route("DELETE", "/api/jobs", Api.cancel_jobs, (CANCEL_STATES, NAME), "Cancelled"),
-    Route("DELETE", "/api/jobs/{job}", Api.cancel_job, (JOB_ID,), "FullJob", refuses=UNKNOWN | {409: "HasEnded"}),
+    Route("GET", "/api/jobs/{job}", get_job, (JOB_ID, WAIT, REQUIRE), "FullJob", refuses=UNKNOWN | REQUIRED),
+    Route("DELETE", "/api/jobs", cancel_jobs, (CANCEL_STATES, NAME), "Cancelled"),
+    Route("DELETE", "/api/jobs/{job}", cancel_job, (JOB_ID,), "FullJob", refuses=UNKNOWN | {409: "HasEnded"}),
     Route(
         "POST",
         "/api/jobs/{job}/retry",
-        Api.retry_job,
+        retry_job,
         (JOB_ID, KEY),
         refuses={404: "NotFound", 409: "HasNotEnded", 500: "NoWorker"},
     ),
-    Route("GET", "/api/jobs/{job}/log", Api.get_log, (JOB_ID, FOLLOW, TAIL, OFFSET, ATTEMPT), TEXT, refuses=UNKNOWN),
-    Route("GET", "/api/jobs/{job}/attempts", Api.get_attempts, (JOB_ID,), "Attempt[]", refuses=UNKNOWN),
-    Route("GET", "/api/workers", Api.list_workers, (FULL, GONE), "Worker[]|FullWorker[]", "workers"),
-    Route("GET", "/api/workers/{worker}", Api.get_worker, (WORKER_ID,), "FullWorker", "workers", {404: "NoSuchWorker"}),
-    Route("GET", "/api/configs", Api.list_configs, (), "Config[]", "server", {507: None}),
-    Route("GET", "/api/events", Api.listen, (LAST_EVENT_ID,), EVENTS, "server"),
-    Route("GET", "/healthz", Api.get_health, (), "Health", "server", OPEN | {503: "Failing"}),
-    Route("GET", "/api/backup", Api.get_backup, (), SQLITE, "server", {409: "CopyUnderWay"}),
-    Route("GET", "/metrics", Api.get_metrics, (), METRICS, "server"),
-    Route("GET", "/openapi.json", Api.get_description, (), "Description", "server", {507: None}),
-    Route("GET", "/", Api.get_dashboard, (), HTML, "server", OPEN),
+    Route("GET", "/api/jobs/{job}/log", get_log, (JOB_ID, FOLLOW, TAIL, OFFSET, ATTEMPT), TEXT, refuses=UNKNOWN),
+    Route("GET", "/api/jobs/{job}/attempts", get_attempts, (JOB_ID,), "Attempt[]", refuses=UNKNOWN),
+    Route("GET", "/api/workers", list_workers, (FULL, GONE), "Worker[]|FullWorker[]", "workers"),
+    Route("GET", "/api/workers/{worker}", get_worker, (WORKER_ID,), "FullWorker", "workers", {404: "NoSuchWorker"}),
+    Route("GET", "/api/configs", list_configs, (), "Config[]", "server", {507: None}),
+    Route("GET", "/api/events", listen, (LAST_EVENT_ID,), EVENTS, "server"),
+    Route("GET", "/healthz", get_health, (), "Health", "server", OPEN | {503: "Failing"}),
+    Route("GET", "/api/backup", get_backup, (), SQLITE, "server", {409: "CopyUnderWay"}),
+    Route("GET", "/metrics", get_metrics, (), METRICS, "server"),
+    Route("GET", "/openapi.json", get_description, (), "Description", "server", {507: None}),
+    Route("GET", "/", get_dashboard, (), HTML, "server", OPEN),
 ]
 
 
