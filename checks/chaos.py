@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from limps import Docker, Ground, Limps, OwnEngine, Probe, Torment, own_engine
-from verdict import GRACE_SECONDS, KINDS, Evidence, judge, prompt_share
+from verdict import GRACE_SECONDS, KINDS, Evidence, judge, prompt_share, within
 
 ROOT = Path(__file__).resolve().parent.parent
 CALM_SECONDS = (
@@ -357,7 +357,7 @@ class World:
     async def collect(self) -> None:
         evidence = self.evidence
         evidence.process_starts = {role.name: role.started for role in self.roles}
-        evidence.limps = self.limps.of_docker
+        evidence.limps, evidence.without_engine = self.limps.of_docker, self.limps.without_engine
         evidence.jobs = {job["id"]: job for job in await self.caller.get("/api/jobs?full=1")}
         for job in evidence.jobs:
             for attempt in await self.caller.get(f"/api/jobs/{job}/attempts"):
@@ -385,9 +385,10 @@ class World:
                 evidence.starts[key].append(at)
             elif action == "die":
                 evidence.deaths[key] = (at, int(code[0]))
-            elif action == "found-ended" and key not in evidence.deaths:
-                evidence.deaths[key] = (at, int(code[0]))
-                evidence.unheard.add(key)
+            elif action == "found-ended":
+                evidence.deaths.setdefault(key, (at, int(code[0])))
+                if within(at, evidence.without_engine):
+                    evidence.unheard.add(key)
 
     def take_down(self) -> None:
         for role in self.roles:

@@ -63,7 +63,8 @@ class OwnEngine:
             })
         )  # fmt: skip
         with (self.folder / "dockerd.log").open("ab") as log:
-            words = ["dockerd", "--config-file", f"{self.folder}/daemon.json"]
+            # A network of its own: without a bridge an engine takes away docker0, which may be another's.
+            words = ["unshare", "--net", "dockerd", "--config-file", f"{self.folder}/daemon.json"]
             self.process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
         deadline = time.monotonic() + ENGINE_SECONDS
         while subprocess.run(["docker", "version"], env=self.environment, capture_output=True, check=False).returncode:
@@ -272,6 +273,7 @@ class Limps:
         self.ground, self.docker = ground, ground.docker
         self.count: Counter[str] = Counter()
         self.of_docker: list[tuple[float, float]] = []  # when docker or the engine limped
+        self.without_engine: list[tuple[float, float]] = []
         self.command = asyncio.Lock()  # what one does to the command another would undo
         self.engine = asyncio.Lock()
 
@@ -347,11 +349,13 @@ class Limps:
         async with self.limping("engine restarted", self.engine):
             self.docker.close_way()  # nobody asks until it was seen what has ended meanwhile
             await asyncio.sleep(which)
+            stopping = time.time()
             await asyncio.to_thread(engine.stop)
-            begin = time.time()
+            stopped = time.time()
             await asyncio.sleep(3 * force)
             await asyncio.to_thread(engine.start)
-            await asyncio.to_thread(self.ground.on_engine_start, begin)
+            self.without_engine.append((stopping, time.time()))
+            await asyncio.to_thread(self.ground.on_engine_start, stopped)
             self.docker.open_way()
 
     async def stall_engine(self, _which: float, force: float) -> None:

@@ -76,7 +76,8 @@ class Evidence:
     tracebacks: list[str] = field(default_factory=list)
     process_starts: dict[str, list[float]] = field(default_factory=dict)
     limps: list[tuple[float, float]] = field(default_factory=list)  # docker's and the engine's
-    unheard: set[Key] = field(default_factory=set)  # ended while their engine was stopped
+    without_engine: list[tuple[float, float]] = field(default_factory=list)  # it was being stopped, away or starting
+    unheard: set[Key] = field(default_factory=set)  # ended meanwhile
     probes: list[Probe] = field(default_factory=list)
 
 
@@ -86,6 +87,10 @@ Finding = tuple[bool, str]
 
 def seconds(moment: str) -> float:
     return dt.datetime.fromisoformat(moment).timestamp()
+
+
+def within(moment: float, spans: list[tuple[float, float]]) -> bool:
+    return any(begin <= moment <= end for begin, end in spans)
 
 
 def story(it: Evidence, key: Key) -> str:
@@ -158,7 +163,7 @@ def outcomes_are_true(it: Evidence) -> Iterator[Finding]:
             true = reason == "lost"
         yield true, f"{reason!r} is not what happened: {story(it, key)}"
         if own_end(it, key) and code is not None:
-            unknown = code == UNKNOWN_CODE and any(a - 1 < it.deaths[key][0] < b + 1 for a, b in it.limps)
+            unknown = code == UNKNOWN_CODE and within(it.deaths[key][0], it.without_engine)
             yield code == kind.exit_code(key[1]) or unknown, f"its container was ended by another: {story(it, key)}"
 
 
@@ -221,10 +226,19 @@ def longest_gap(spans: list[tuple[float, float]], begin: float, end: float) -> f
     return max(longest, end - at)
 
 
+def cut_off_before_its_start(it: Evidence, key: Key) -> bool:
+    """Whether its worker was told to start it, could not as docker limped, and was cut off until it was lost."""
+    attempt = it.attempts[key]
+    if attempt["reason"] != "lost" or not attempt["started_at"]:
+        return False
+    begin, end = seconds(attempt["started_at"]), seconds(attempt["finished_at"])
+    return any(a < end and b > begin for a, b in it.limps)
+
+
 def nothing_starts_after_its_end(it: Evidence) -> Iterator[Finding]:
     for key, starts in it.starts.items():
         finished = it.attempts[key]["finished_at"] if key in it.attempts else None
-        late = finished is not None and starts[0] > seconds(finished) + 0.1
+        late = finished is not None and starts[0] > seconds(finished) + 0.1 and not cut_off_before_its_start(it, key)
         late = late or (key[0] in it.cancels and starts[0] > it.cancels[key[0]] + 5)
         yield key in it.attempts and not late, f"a container started after its attempt was over: {story(it, key)}"
 
