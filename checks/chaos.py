@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from limps import Docker, Ground, Limps, OwnEngine, Probe, Torment, own_engine
-from verdict import GRACE_SECONDS, KINDS, Evidence, judge, prompt_share, within
+from verdict import FINAL, GRACE_SECONDS, KINDS, UNASKED, Evidence, judge, prompt_share, within
 
 ROOT = Path(__file__).resolve().parent.parent
 CALM_SECONDS = (
@@ -265,7 +265,7 @@ class World:
         """Post jobs of all kinds as long as the storm lasts; some are cancelled a little later."""
         cancels: set[asyncio.Task[None]] = set()
         while self.stormy:
-            kind, key = rng.choice(list(KINDS)), f"{rng.getrandbits(64):x}"
+            kind, key = rng.choice([kind for kind in KINDS if kind not in UNASKED]), f"{rng.getrandbits(64):x}"
             cancelled, after, pause = rng.random() < 0.12, rng.uniform(0, 3), rng.expovariate(self.options.rate)
             await asyncio.sleep(pause)
             if len(self.evidence.accepted) - len(self.evidence.finals) >= BACKLOG_JOBS:
@@ -346,8 +346,10 @@ class World:
         end = time.time() + CALM_SECONDS
         while time.time() < end:
             await asyncio.sleep(0.5)
-            if not await self.caller.get("/api/jobs?state=queued,assigned,running") and not self.containers():
-                break
+            jobs = await self.caller.get("/api/jobs?full=1")  # one that comes due after this is no evidence
+            self.evidence.jobs = {job["id"]: job for job in jobs}
+            if all(job["state"] in FINAL for job in jobs) and not self.containers():
+                return
         self.evidence.left = self.containers()
 
     def containers(self) -> list[str]:
@@ -358,7 +360,6 @@ class World:
         evidence = self.evidence
         evidence.process_starts = {role.name: role.started for role in self.roles}
         evidence.limps, evidence.without_engine = self.limps.of_docker, self.limps.without_engine
-        evidence.jobs = {job["id"]: job for job in await self.caller.get("/api/jobs?full=1")}
         for job in evidence.jobs:
             for attempt in await self.caller.get(f"/api/jobs/{job}/attempts"):
                 key = (job, attempt["attempt"])
@@ -376,11 +377,14 @@ class World:
     def read_files(self) -> None:
         evidence = self.evidence
         for line in (self.folder / "ledger").read_text().splitlines():
-            evidence.notes[(int(line.split()[0]), int(line.split()[1]))] += 1
+            if int(line.split()[0]) in evidence.jobs:
+                evidence.notes[(int(line.split()[0]), int(line.split()[1]))] += 1
         lines = [line.split() for line in (self.folder / "events").read_text().splitlines()]
         for moment, action, name, *code in sorted(lines, key=lambda line: line[1].startswith("found")):
             key = (int(name.split("-")[-2]), int(name.split("-")[-1]))
             at = int(moment) / 1e9
+            if key[0] not in evidence.jobs:
+                continue
             if action == "start" or (action == "found-started" and key not in evidence.starts):
                 evidence.starts[key].append(at)
             elif action == "die":

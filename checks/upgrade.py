@@ -73,6 +73,10 @@ class Play:
         self.before: list[Job] = []
         self.broken: list[str] = []
         write_jobs(folder, self.label)
+        jobs = json.loads((folder / "jobs.yaml").read_text())
+        newer = {"schedule", "on_failure", "on_success"}
+        kept = [{key: value for key, value in job.items() if key not in newer} for job in jobs]
+        (folder / "jobs.yaml").write_text(json.dumps(kept))
         (folder / "ledger").touch()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -39,16 +39,19 @@ class Kind:
 KINDS = {
     "quick": Kind(lines=0),
     "prints": Kind(lines=40),
-    "fails": Kind(code=3, good_attempt=0),
+    "fails": Kind(code=3, good_attempt=0, config={"on_failure": "told"}),
     "slow": Kind(lines=60, pause="0.1"),
     "burst": Kind(lines=4000, pause=""),
     "mixed": Kind(lines=25, streams=2),
-    "flaky": Kind(code=4, good_attempt=3, config={"retries": 2, "retry_delay": "0.3"}),
-    "hopeless": Kind(code=5, good_attempt=0, config={"retries": 2, "retry_delay": "0.3"}),
+    "flaky": Kind(code=4, good_attempt=3, config={"retries": 2, "retry_delay": "0.3", "on_success": "told"}),
+    "hopeless": Kind(code=5, good_attempt=0, config={"retries": 2, "retry_delay": "0.3", "on_failure": "told"}),
     "steady": Kind(lines=30, pause="0.1", config={"retries": 2, "retry_delay": "0.3"}),
     "late": Kind(lines=200, pause="0.1", config={"timeout": "2s", "stop_grace_period": "1s"}),
     "deaf": Kind(lines=200, pause="0.1", config={"timeout": "2s", "stop_grace_period": "1s"}),
+    "due": Kind(config={"schedule": "* * * * *"}),
+    "told": Kind(),
 }
+UNASKED = {"due", "told"}
 
 
 @dataclass
@@ -110,7 +113,8 @@ def own_end(it: Evidence, key: Key) -> bool:
 def accepted_jobs_are_there(it: Evidence) -> Iterator[Finding]:
     for job, kind in it.accepted.items():
         yield job in it.jobs and it.jobs[job]["name"] == kind, f"job {job} ({kind}) was accepted and is not there"
-    yield len(it.jobs) == it.posts, f"{it.posts} different keys were posted, {len(it.jobs)} jobs are there"
+    asked = [job for job in it.jobs.values() if job["name"] not in UNASKED]
+    yield len(asked) == it.posts, f"{it.posts} different keys were posted, {len(asked)} jobs are there"
 
 
 def jobs_are_final(it: Evidence) -> Iterator[Finding]:
@@ -263,6 +267,21 @@ def health_is_told(it: Evidence) -> Iterator[Finding]:
     yield prompt_share(it) > 0.9, f"only {prompt_share(it):.0%} of /healthz were answered within {PROMPT_SECONDS} s"
 
 
+def due_times_make_one_job(it: Evidence) -> Iterator[Finding]:
+    dues = Counter(job["due_at"] for job in it.jobs.values() if job["name"] == "due")
+    for due, count in dues.items():
+        yield count == 1 and due is not None, f"{count} jobs were due at {due}"
+
+
+def ends_are_followed_once(it: Evidence) -> Iterator[Finding]:
+    causes = Counter(job["cause"] for job in it.jobs.values() if job["name"] == "told")
+    for job in it.jobs.values():
+        key = {"failure": "on_failure", "success": "on_success"}.get(job["state"])
+        wanted = int(key in KINDS[job["name"]].config)
+        if wanted or causes[job["id"]]:
+            yield causes[job["id"]] == wanted, f"followed {causes[job['id']]} times: {job}"
+
+
 PROMISES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "1  every accepted job is there, once": accepted_jobs_are_there,
     "2  every job became final": jobs_are_final,
@@ -275,6 +294,8 @@ PROMISES: dict[str, Callable[[Evidence], Iterator[Finding]]] = {
     "5  logs are whole and in order": logs_are_whole,
     "7  no container is left behind": lambda it: ((False, name) for name in it.left),
     "8  no traceback": lambda it: ((False, text) for text in it.tracebacks),
+    "12 a due time makes one job": due_times_make_one_job,
+    "12 what follows an end is there, once": ends_are_followed_once,
     "13 /healthz is answered, whoever limps": health_is_told,
     "10 exits are clean": lambda it: ((False, text) for text in it.exits),
 }

@@ -547,12 +547,12 @@ def get_backup(api: Api, request: Request) -> Response:
     return Response(copy, content_type=SQLITE, headers=headers)
 
 
-def get_description(api: Api, __request: Request) -> Response:
+def get_description(_api: Api, _request: Request) -> Response:
     """This description, as OpenAPI 3.1."""
     return Response(description())
 
 
-def get_dashboard(api: Api, __request: Request) -> Response:
+def get_dashboard(_api: Api, _request: Request) -> Response:
     """The dashboard, a page for browsers."""
     page, policy = dashboard()
     headers = {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
