@@ -78,27 +78,27 @@ class TestTranscript:
 
     def test_the_session_of_the_original(self, stage: Stage) -> None:
         server = stage.server(jobs=JOBS + f"- {{name: until, image: busybox, command: {until_file(stage)}}}\n")
-        assert server.http("GET", "/api/workers").body == b"[]"
+        assert server.http("GET", "/api/workers").body == b"[]\n"
         refused = server.http("POST", "/api/jobs/hello-world")
         assert (refused.status, b"worker is not exist." in refused.body) == (500, True)
-        assert server.http("GET", "/api/jobs").body == b"[]"
+        assert server.http("GET", "/api/jobs").body == b"[]\n"
 
         stage.worker(server)
-        assert server.http("GET", "/api/workers").body == b'[{"id":1,"working":false}]'
+        assert server.http("GET", "/api/workers").body == b'[{"id":1,"working":false}]\n'
         accepted = server.http("POST", "/api/jobs/hello-world")
         assert accepted.headers["Content-Type"] == "application/json"
-        assert accepted.body == b'{"id":1,"name":"hello-world","queuing":true,"running":false,"success":false}'
+        assert accepted.body == b'{"id":1,"name":"hello-world","queuing":true,"running":false,"success":false}\n'
         server.ended(1)
         done = b'{"id":1,"name":"hello-world","queuing":false,"running":false,"success":true}'
-        assert server.http("GET", "/api/jobs").body == b"[" + done + b"]"
+        assert server.http("GET", "/api/jobs").body == b"[" + done + b"]\n"
 
         server.post("until")
         server.post("quick")
         until(lambda: server.state(2) == "running")
-        assert server.http("GET", "/api/workers").body == b'[{"id":1,"working":true}]'
+        assert server.http("GET", "/api/workers").body == b'[{"id":1,"working":true}]\n'
         running = b'{"id":2,"name":"until","queuing":false,"running":true,"success":false}'
         queued = b'{"id":3,"name":"quick","queuing":true,"running":false,"success":false}'
-        assert server.http("GET", "/api/jobs").body == b"[" + b",".join((done, running, queued)) + b"]"
+        assert server.http("GET", "/api/jobs").body == b"[" + b",".join((done, running, queued)) + b"]\n"
         (stage.folder / "go").touch()
         assert server.ended(2)["success"]
         assert server.ended(3)["success"]
@@ -152,6 +152,8 @@ class TestPromise01Accepted:
         stage.worker(server)
         last = [server.post("hello-world") for _ in range(3)][-1]
         server.ended(last)
+        stage.jobs.write_text(stage.jobs.read_text().replace("hello-world", "hello-there"))
+        server.signal(signal.SIGHUP)  # of what jobs.yaml names, the newest stays
         until(lambda: server.get("/api/jobs") == [], 30)
         server.stop()
         server.start()
@@ -849,7 +851,7 @@ class TestPromise09Strangers:
     def test_nothing_is_queued_without_the_token(self, guarded: Server) -> None:
         problem(guarded.http("POST", "/api/jobs/quick"), 401)
         problem(guarded.http("POST", "/api/jobs", [{"name": "quick"}]), 401)
-        assert guarded.http("GET", "/api/jobs", headers=bearer("letmein-0123456789")).body == b"[]"
+        assert guarded.http("GET", "/api/jobs", headers=bearer("letmein-0123456789")).body == b"[]\n"
         assert guarded.http("POST", "/api/jobs/quick", headers=bearer("letmein-0123456789")).status == 200
 
     def test_health_and_page_need_no_token(self, guarded: Server) -> None:
