@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import time
 from collections.abc import Iterator
 
@@ -156,3 +157,34 @@ class TestMetrics:
         text = metrics_text({"jobs": {}, "queue_latency": 0}, [], totals, {}, [])
         [family] = [one for one in text_string_to_metric_families(text) if one.name == "jobworker_jobs_finished"]
         assert [sample.labels["name"] for sample in family.samples] == [name]
+
+
+class TestSchedules:
+    """What an alert for "nothing ran" needs."""
+
+    def test_the_last_success_outlives_pruning_and_restarts(self, stage: Stage) -> None:
+        server = stage.server("--hold", "--keep", "0.5s")
+        stage.worker(server)
+        assert Metrics(server)("job_last_success_timestamp_seconds", name="quick") is None
+        begin = time.time()
+        server.ended(server.post("quick"))
+        server.ended(server.post("sh", environment={"SCRIPT": "exit 1"}))
+        success = Metrics(server)("job_last_success_timestamp_seconds", name="quick")
+        assert success is not None
+        assert begin - 0.001 <= success <= time.time()
+        server.kill()
+        server.start()
+        assert Metrics(server)("job_last_success_timestamp_seconds", name="quick") == success
+        assert Metrics(server)("job_last_success_timestamp_seconds", name="sh") is None
+
+    def test_missed_and_skipped_due_times_are_counted(self, stage: Stage) -> None:
+        server = stage.server(jobs="- {name: each, image: busybox, schedule: '* * * * *'}")
+        for _ in range(2):  # nobody runs the first one, so the second time is skipped
+            server.kill()
+            with contextlib.closing(sqlite3.connect(stage.folder / "jobs.db")) as connection, connection:
+                connection.execute("UPDATE schedule SET upto = upto - 180")
+            server.start()
+            until(lambda: (Metrics(server)("schedule_missed_total", name="each") or 0) >= 2)
+        until(lambda: (Metrics(server)("schedule_skipped_total", name="each") or 0) >= 1)
+        assert (Metrics(server)("schedule_missed_total", name="each") or 0) >= 4
+        assert len(server.get("/api/jobs")) == 1
