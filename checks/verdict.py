@@ -243,7 +243,11 @@ def nothing_starts_after_its_end(it: Evidence) -> Iterator[Finding]:
     for key, starts in it.starts.items():
         finished = it.attempts[key]["finished_at"] if key in it.attempts else None
         late = finished is not None and starts[0] > seconds(finished) + 0.1 and not cut_off_before_its_start(it, key)
-        late = late or (key[0] in it.cancels and starts[0] > it.cancels[key[0]] + 5)
+        cancelled = it.cancels.get(key[0], float("inf"))
+        held_up = any(
+            begin < starts[0] and cancelled < end for begin, end in it.limps
+        )  # its docker run, as DELETE came
+        late = late or (starts[0] > cancelled + 5 and not held_up)
         yield key in it.attempts and not late, f"a container started after its attempt was over: {story(it, key)}"
 
 
