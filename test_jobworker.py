@@ -1085,28 +1085,28 @@ class TestPromise12Schedules:
 - {name: told, image: busybox, command: env}
 """
 
-    def set_back(self, stage: Stage, minutes: int) -> None:
-        with contextlib.closing(sqlite3.connect(stage.folder / "jobs.db")) as connection, connection:
+    def start_after(self, server: Server, minutes: int) -> None:
+        """Kill the server, and start it as if it had been down for some minutes."""
+        until(lambda: server.get("/api/configs")[0]["next_due_at"])
+        server.kill()
+        with contextlib.closing(sqlite3.connect(server.file.parent / "jobs.db")) as connection, connection:
             connection.execute("UPDATE schedule SET upto = upto - ?", (60 * minutes,))
+        server.start()
 
     @pytest.mark.parametrize("minutes", [1, 2, 200])
     def test_of_several_missed_due_times_the_latest_gets_one(self, stage: Stage, minutes: int) -> None:
         server = stage.server(jobs=self.JOBS)
-        server.kill()
-        self.set_back(stage, minutes)
-        server.start()
+        self.start_after(server, minutes)
         (job,) = until(lambda: server.get("/api/jobs?full=1"))
         assert job["due_at"].endswith(":00.000Z")
-        assert server.said(rf"due at .*; missed before it: {minutes - 1}") or minutes == 1
+        assert server.said(rf"due at .*; missed before it: ({minutes - 1}|{minutes})\b") or minutes == 1
 
     def test_a_server_killed_around_due_times_and_ends_makes_each_job_once(self, stage: Stage) -> None:
         server = stage.server(jobs=self.JOBS)
         stage.worker(server, "--slots", "4")
         chance = random.Random(12)
         for _ in range(10):
-            server.kill()
-            self.set_back(stage, 1)
-            server.start()
+            self.start_after(server, 1)
             until(lambda: chance.random() < 0.05)
         until(lambda: all(job["state"] == "success" for job in server.get("/api/jobs?full=1")))
         jobs = server.get("/api/jobs?full=1")
@@ -1117,9 +1117,7 @@ class TestPromise12Schedules:
 
     def test_containers_are_told_when_they_were_due_and_what_they_follow(self, stage: Stage) -> None:
         server = stage.server("--hold", jobs=self.JOBS)
-        server.stop()
-        self.set_back(stage, 1)
-        server.start()
+        self.start_after(server, 1)
         stage.worker(server)
         job = server.ended(server.post("fails"))
         due = until(lambda: server.get("/api/jobs?name=each&state=success&full=1"))[0]

@@ -71,6 +71,34 @@ SIMULATED = {
     "a log begins anew",
 }
 MUTANTS = (
+    # what comes by itself
+    Mutant(
+        "what follows a success",
+        "jobworker/state.py",
+        "Store or Promise12",
+        "    if ended:\n        _follow(db, now, rules)\n",
+        "",
+    ),
+    Mutant("overlap", "jobworker/due.py", "Overlap", "[0] >= most", "[0] > 9"),
+    Mutant(
+        "a due time is dealt with once",
+        "jobworker/due.py",
+        "DueTimes or JobsYamlChanges",
+        "                    self._move(due.job.name, due.instant)\n",
+        "                    pass\n",
+    ),
+    Mutant("an old cursor", "jobworker/due.py", "an_old_cursor", ", now, key=key)", ", now)"),
+    Mutant(
+        "a clock set far back", "jobworker/due.py", "more_than_a_day_ahead", "upto > now + TOO_FAR_SECONDS for", "0 for"
+    ),
+    Mutant(
+        "the newest stays",
+        "jobworker/state.py",
+        "Store or Schedules",
+        '    rows = [row for row in rows if row["id"] not in kept][:limit]\n',
+        "",
+    ),
+    Mutant("require", "jobworker/api.py", "Require", "if not require or row", "if row or row"),
     # the store: what is answered is on disk, and only what fits the state is taken
     Mutant(
         "group commit: results before their commit",
