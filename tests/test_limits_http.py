@@ -256,7 +256,8 @@ class TestBodies:
 
             until(is_taken, 5)
             (ended,) = select.select(peers, [], [], 5)[0]
-            assert ended.recv(100).startswith(b"HTTP/1.1 408 ")
+            # 503: on a busy machine one of the slow ones may have come too late for a place of its own.
+            assert ended.recv(100).startswith((b"HTTP/1.1 408 ", b"HTTP/1.1 503 "))
 
     def test_one_that_nobody_asked_for_holds_up_no_other(self, stage: Stage) -> None:
         server = stage.server("--hold")
