@@ -17,7 +17,7 @@ run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
 	@$(WITH_ENGINE) $(BIN)/python checks/demo.py --stay
 
 test: .venv/ready-dev browser nginx ## the tests, with real containers and a real browser
-	@$(WITH_ENGINE) $(BIN)/python -m pytest -n 2 --dist loadscope $(ARGS)
+	@$(WITH_ENGINE) $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
 	@$(BIN)/ruff check
