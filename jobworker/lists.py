@@ -6,16 +6,11 @@ from heapq import merge
 from itertools import islice
 from typing import NamedTuple
 
-from jobworker.state import GET_JOB, JOB_WITH_WORKER, MAX_JOB_ID, NEWEST_JOB, Database, cancel
+from jobworker.state import ALL_NAMES, GET_JOB, JOB_WITH_WORKER, MAX_JOB_ID, NEWEST_JOB, Database, cancel
 
 PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
 
-# A seek a name.
-ALL_NAMES = """WITH RECURSIVE known (name) AS (
-    SELECT min(name) FROM job
-    UNION ALL
-    SELECT (SELECT min(name) FROM job WHERE name > known.name) FROM known WHERE name IS NOT NULL)
-    SELECT name FROM known WHERE instr(lower(name), lower(?))"""
+NAMES_WITH = f"{ALL_NAMES} AND instr(lower(name), lower(?))"
 FIRST_ENDED_AFTER = "SELECT min(id) FROM job WHERE finished_at > ?"
 
 
@@ -52,7 +47,7 @@ def start_of_newest(db: Database, wanted: Wanted, count: int) -> int:
 def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> Iterator[sqlite3.Row]:
     """One query a state and name, each along an index in the order of ids: a few among millions cost the same."""
     where: dict[str, object] = {
-        "job.id > ?": _first(db, wanted) - 1,
+        "job.id > ?": _after(db, wanted),
         "job.id < ?": wanted.before,
         "job.finished_at > ?": wanted.ended_after,
     }
@@ -60,9 +55,9 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
     if wanted.cause is not None or wanted.worker is not None:  # which admit fewer: let no other index be taken
         where |= {"job.cause = ?": wanted.cause, "job.worker = (SELECT id FROM worker WHERE name = ?)": wanted.worker}
         state, name = f"+{state}", f"+{name}"
-    cursors = []
+    cursors, names = [], _names(db, wanted)
     for one_state in wanted.states or (None,):
-        for one_name in _names(db, wanted):
+        for one_name in names:
             conditions = {**where, state: one_state, name: one_name}
             conditions = {condition: value for condition, value in conditions.items() if value is not None}
             sql = f"{select} WHERE {' AND '.join(conditions)} ORDER BY job.id {order} LIMIT ?"
@@ -73,13 +68,14 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
 def _names(db: Database, wanted: Wanted) -> Sequence[str | None]:
     if wanted.q is None:
         return (wanted.name,)
-    return [name for (name,) in db.execute(ALL_NAMES, (wanted.q,)).fetchall() if wanted.name in (None, name)]
+    return [name for (name,) in db.execute(NAMES_WITH, (wanted.q,)).fetchall() if wanted.name in (None, name)]
 
 
-def _first(db: Database, wanted: Wanted) -> int:
+def _after(db: Database, wanted: Wanted) -> int:
+    """The id after which to look: that before the first job that ended late enough is found by its end's index."""
     if wanted.ended_after is not None and not wanted.after:
-        return int(db.one(FIRST_ENDED_AFTER, wanted.ended_after)[0] or MAX_JOB_ID)
-    return wanted.after + 1
+        return int(db.one(FIRST_ENDED_AFTER, wanted.ended_after)[0] or MAX_JOB_ID) - 1
+    return wanted.after
 
 
 def last_id(db: Database) -> int:

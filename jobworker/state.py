@@ -46,6 +46,18 @@ MAX_TICK_JOBS = 250
 HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
 MAX_JOB_ID = 2**31 - 1
 
+
+def _each_name(index: str, condition: str) -> str:
+    """Give the statement for each name that jobs have, a seek a name.
+
+    Left to itself, SQLite's planner walks all jobs that there are.
+    """
+    first = f"SELECT min(name) FROM job INDEXED BY {index} WHERE {condition}"
+    return f"""WITH RECURSIVE each (name) AS (
+        {first} UNION ALL SELECT ({first} AND name > each.name) FROM each WHERE name IS NOT NULL)
+        SELECT name FROM each WHERE name IS NOT NULL"""
+
+
 JOB_WITH_WORKER = "job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
 _READY = "state = 'queued' AND not_before IS NULL"
 _ACTIVE = "state IN ('assigned', 'running')"
@@ -60,13 +72,7 @@ FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
 INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
-# A seek a name. Left to itself, SQLite's planner walks all that is queued by job_state.
-READY_NAMES = f"""WITH RECURSIVE ready (name) AS (
-    SELECT min(name) FROM job INDEXED BY job_ready WHERE {_READY}
-    UNION ALL
-    SELECT (SELECT min(name) FROM job INDEXED BY job_ready WHERE {_READY} AND name > ready.name)
-        FROM ready WHERE name IS NOT NULL)
-    SELECT name FROM ready WHERE name IS NOT NULL"""
+READY_NAMES = _each_name("job_ready", _READY)
 READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_ready
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
@@ -102,12 +108,8 @@ SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'runnin
 GET_CLOCK = "SELECT clock FROM server"  # at least that of the latest delay
 SET_CLOCK = "UPDATE server SET clock = ?"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
-QUEUED_NAMES = """WITH RECURSIVE queued (name) AS (
-    SELECT min(name) FROM job INDEXED BY job_queued WHERE state = 'queued'
-    UNION ALL
-    SELECT (SELECT min(name) FROM job INDEXED BY job_queued WHERE state = 'queued' AND name > queued.name)
-        FROM queued WHERE name IS NOT NULL)
-    SELECT name FROM queued WHERE name IS NOT NULL"""
+QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
+ALL_NAMES = _each_name("job_name", "1")
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
@@ -150,7 +152,7 @@ class Refusal(NamedTuple):
 
 
 class NewJob(NamedTuple):
-    """A job to be queued. cause: the job that it follows; variables: what it is told of that one."""
+    """A job to be queued. cause: the job that it follows; variables: what it is told of that one, as JSON."""
 
     name: str
     environment: dict[str, str] | None = None
