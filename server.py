@@ -585,7 +585,7 @@ class Core:
         configs = self.dispatcher.configs
         self._scheduler.adopt(
             {
-                name: Scheduled(schedule, NewJob(*configs.unasked(name)), configs.limits.get(name, 1))
+                name: Scheduled(schedule, NewJob(*configs.with_defaults(name)), configs.limits.get(name, 1))
                 for name, schedule in configs.schedules.items()
             }
         )

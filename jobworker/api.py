@@ -1,12 +1,11 @@
-"""What each HTTP request is answered with: routes with their parameters, the JSON of jobs and workers, events, metrics.
+"""What each HTTP request is answered with: a function a route, and what these share.
 
-Every method of Api runs on an HTTP thread of web.py and has all that it tells from the store. ROUTES is the one place
-that says which requests there are: they are read, refused and described (`/openapi.json`) by it.
+All of it runs on HTTP threads of web.py and has all that it tells from the store. ROUTES is the one place that says
+which requests there are: they are read, refused and described (`/openapi.json`) by it.
 """
 
 import base64
 import contextlib
-import difflib
 import functools
 import hashlib
 import json
@@ -24,6 +23,7 @@ from jobworker import VERSION, lists, logs, state
 from jobworker.config import Configs, JobConfig, check_parameters
 from jobworker.due import schedules
 from jobworker.events import Events
+from jobworker.hints import near_name
 from jobworker.lists import Wanted
 from jobworker.message import (
     CALLER_CHECK_SECONDS,
@@ -133,9 +133,8 @@ def new_job(configs: Configs, name: object, body: object, number: int | None = N
     where = "" if number is None else f"item {number}: "
     if config is None:
         known = ", ".join(list(configs.by_name)[:20]) or "none"
-        near = difflib.get_close_matches(str(name)[:128], configs.by_name, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        detail = f"{where}there is no job named {name!r} in jobs.yaml{hint}; there are: {known}"
+        meant = near_name(str(name)[:128], configs.by_name)
+        detail = f"{where}there is no job named {name!r} in jobs.yaml{meant and f'; {meant}'}; there are: {known}"
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     try:
         return _checked(config, body)
@@ -197,7 +196,7 @@ def read_list(
 
 
 class Api:
-    """What each route is answered with. `configs` is replaced when jobs.yaml is read again."""
+    """What the answers share. `configs` is replaced when jobs.yaml is read again."""
 
     def __init__(self, store: Store, configs: Configs, hold: bool, clock: Callable[[], float] = time.time) -> None:
         self.store, self.configs, self.hold, self.clock = store, configs, hold, clock

@@ -4,7 +4,6 @@ YAML only gives the shape of the file (its nodes, never constructed values), so 
 cannot turn into 8 unnoticed. What could make the shape itself costly, depth and aliases, is looked for beforehand.
 """
 
-import difflib
 import json
 import math
 import random
@@ -18,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from jobworker.hints import explain_yaml, folded, hint_for_key, shell_word
+from jobworker.hints import explain_yaml, folded, hint_for_key, near_name, shell_word
 from jobworker.pattern import TooLong, compiled
 from jobworker.schedule import Schedule
 
@@ -165,9 +164,9 @@ class Configs:
         """Give what is queued where a job of this name has ended so: a name, its variables and its priority."""
         job = self.by_name.get(name)
         follower = job and {"failure": job.on_failure, "success": job.on_success}.get(final_state)
-        return self.unasked(follower) if follower else None
+        return self.with_defaults(follower) if follower else None
 
-    def unasked(self, name: str) -> tuple[str, dict[str, str], int]:
+    def with_defaults(self, name: str) -> tuple[str, dict[str, str], int]:
         """Give name, variables and priority of a job that nobody has sent parameters for."""
         config = self.by_name[name]
         return name, check_parameters(config, {}), config.priority
@@ -462,15 +461,15 @@ def _parameter(node: yaml.Node) -> Parameter:
 def _job(node: yaml.Node) -> JobConfig:
     job = JobConfig(**_JOB(node))
     if job.schedule:
-        if asked := _asked_for(job):
-            detail = f"schedule: nobody sets {asked[0]}, which is required: give it a default"
+        if required := _required_parameters(job):
+            detail = f"schedule: nobody sets {required[0]}, which is required: give it a default"
             raise _error(_key(node, "schedule"), detail)
     elif job.timezone != "UTC":
         raise _error(_key(node, "timezone"), "timezone: says when a schedule is due, and there is none")
     return job
 
 
-def _asked_for(job: JobConfig) -> list[str]:
+def _required_parameters(job: JobConfig) -> list[str]:
     return [name for name, parameter in job.parameters.items() if parameter.required]
 
 
@@ -487,11 +486,10 @@ def _check_follow_ups(jobs: Mapping[str, JobConfig], pair: tuple[yaml.Node, JobC
             continue
         place = _key(node, key)
         if name not in jobs:
-            near = difflib.get_close_matches(name, jobs, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise _error(place, f"{key}: there is no job named {_show(name)} in this file{hint}")
-        if asked := _asked_for(jobs[name]):
-            raise _error(place, f"{key}: {name} requires {asked[0]}, which nobody sets: give it a default")
+            meant = near_name(name, jobs)
+            raise _error(place, f"{key}: there is no job named {_show(name)} in this file{meant and f'; {meant}'}")
+        if required := _required_parameters(jobs[name]):
+            raise _error(place, f"{key}: {name} requires {required[0]}, which nobody sets: give it a default")
         if chain := _chain_back(jobs, job.name, name):
             raise _error(place, f"{key}: leads back to this job, for ever: {' -> '.join(chain)}")
 

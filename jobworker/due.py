@@ -176,8 +176,8 @@ class Scheduler:
             self._waiting = False
             if isinstance(result, Exception):
                 return  # all of it is due again at the next tick
-            for due in dues:
-                if entries is self._entries:
+            if entries is self._entries:
+                for due in dues:
                     self._move(due.job.name, due.instant)
             for dealt in result:
                 _log_dealt(dealt)

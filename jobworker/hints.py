@@ -47,8 +47,13 @@ def hint_for_key(name: str, names: Collection[str]) -> str:
         return f"did you mean {OTHER_NAMES[name]}?"
     if name in SENTENCES:
         return SENTENCES[name]
+    return near_name(name, names) or f"known are {', '.join(names)}"
+
+
+def near_name(name: str, names: Collection[str]) -> str:
+    """Ask whether the nearest of the names was meant; "" where none is near."""
     near = difflib.get_close_matches(name, names, 1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def shell_word(command: str | Iterable[str]) -> str:

@@ -1,7 +1,9 @@
 """The parameters that requests may have: how each is read, and what the description says of it."""
 
 import re
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from http import HTTPStatus
 from urllib.parse import quote
 
@@ -20,11 +22,12 @@ def read_wait(text: str) -> float:
     return float(text)
 
 
-def read_states(text: str) -> list[str]:
+def read_states(text: str, known: Sequence[str] = STATES, otherwise: str = "no state {!r}; there are: {}") -> list[str]:
+    """Read a list of some of the known states. otherwise: the sentence on one that is not, and on all that are."""
     states = list(dict.fromkeys(text.split(",")))
     for each in states:
-        if each not in STATES:
-            raise ValueError(f"no state {each!r}; there are: {', '.join(STATES)}")
+        if each not in known:
+            raise ValueError(otherwise.format(each, ", ".join(known)))
     return states
 
 
@@ -61,14 +64,7 @@ def read_require(text: str) -> bool:
 
 def one_of_states(name: str, sentence: str, known: tuple[str, ...]) -> Parameter:
     """Give a parameter that is a list of some of these states."""
-
-    def read(text: str) -> list[str]:
-        states = list(dict.fromkeys(text.split(",")))
-        for each in states:
-            if each not in known:
-                raise ValueError(f"{name} must be of {', '.join(known)}, with commas between: {each!r} is not")
-        return states
-
+    read = partial(read_states, known=known, otherwise=name + " must be of {1}, with commas between: {0!r} is not")
     schema = {"type": "array", "minItems": 1, "items": {"type": "string", "enum": list(known)}}
     return Parameter(name, sentence, read, schema, (), argument="states", example=list(known[:1]))
 
