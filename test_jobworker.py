@@ -440,8 +440,7 @@ class TestPromise04Results:
 
     def test_an_image_is_pulled_once_for_all_that_wait_for_it(self, stage: Stage) -> None:
         server = stage.server(jobs="- {name: a, image: far}")
-        (stage.docker.folder / "registry").write_text("far")
-        stage.docker.delay("pull", 0.3)
+        stage.docker.offer("far", 0.3)
         stage.worker(server, "--slots", "4")
         assert all(server.ended(job)["success"] for job in [server.post("a") for _ in range(4)])
         assert len(stage.docker.ledger("pull")) == 1
@@ -683,8 +682,7 @@ class TestPromise06Stop:
 
     def test_a_job_cancelled_while_its_image_is_pulled_never_starts(self, stage: Stage) -> None:
         server = stage.server(jobs="- {name: a, image: far}")
-        (stage.docker.folder / "registry").write_text("far")
-        stage.docker.delay("pull", 1)
+        stage.docker.offer("far", 1)
         stage.worker(server)
         job = server.post("a")
         until(lambda: stage.docker.calls("pull"))

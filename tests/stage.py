@@ -235,6 +235,11 @@ class Docker:
         """Let every `docker VERB` take longer; for "start", every container between its creation and its start."""
         (self.folder / f"{verb}-delay").write_text(str(seconds))
 
+    def offer(self, image: str, seconds: float = 0) -> None:
+        """Have an image in the registry, from which it is pulled in so many seconds."""
+        (self.folder / "registry").write_text(image)
+        self.delay("pull", seconds)
+
     def calls(self, verb: str) -> list[int]:
         """The process ids of all calls of `docker VERB`."""
         return [int(pid) for called, pid in self.ledger("call") if called == verb]

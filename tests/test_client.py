@@ -303,9 +303,8 @@ class TestPull:
 
     def test_it_is_the_reason_until_the_container_starts(self, stage: Stage) -> None:
         server = stage.server()
-        (stage.docker.folder / "images").write_text("")
-        (stage.docker.folder / "registry").write_text("busybox")
-        stage.docker.delay("pull", 1)
+        stage.docker.allow("")
+        stage.docker.offer("busybox", 1)
         stage.worker(server)
         job = server.sh("while :; do sleep 0.05; done")
         until(lambda: server.job(job)["reason"] == "pulling busybox")
@@ -315,8 +314,7 @@ class TestPull:
 
     def test_who_connects_again_says_it_again(self, stage: Stage) -> None:
         server = stage.server(jobs="- {name: a, image: far}")
-        (stage.docker.folder / "registry").write_text("far")
-        stage.docker.delay("pull", 2)
+        stage.docker.offer("far", 2)
         stage.worker(server)
         job = server.post("a")
         until(lambda: server.job(job)["reason"] == "pulling far")

@@ -206,7 +206,7 @@ class TestLogReadAgain(WithAJob):
         stage.worker(server)
         server.ended(server.post("a"))
         stage.docker.allow("")
-        (stage.docker.folder / "registry").write_text("busybox")
+        stage.docker.offer("busybox")
         stage.docker.delay("image inspect", 1)
         job = server.post("a")
         until(lambda: b"No such image" in server.log(job))

@@ -184,32 +184,28 @@ def hung_up(peer: socket.socket) -> int:
 class TestBodies:
     """Large ones have a share of their own."""
 
+    def statuses(self, server: Server, times: int, body: object, path: str = "/api/jobs", **headers: str) -> set[int]:
+        """Send a body so many times, six at once, which holds up nobody and takes little memory."""
+
+        def post(_: int) -> Reply:
+            return server.http("POST", path, body, 60, headers)
+
+        with ThreadPoolExecutor(6) as pool:
+            replies = pool.map(post, range(times))
+            serves(server)
+            statuses = {reply.status for reply in replies}
+        assert peak_kib(server) < MEMORY_KIB
+        return statuses
+
     def test_six_long_lists_at_once(self, stage: Stage) -> None:
         server = stage.server("--hold")
         item = b'{"name":"nobody"},'
         body = b"[" + item * (message.MAX_BODY_BYTES // len(item) - 1) + b"{}]"
-
-        def post(_: int) -> Reply:
-            return server.http("POST", "/api/jobs", body, 60)
-
-        with ThreadPoolExecutor(6) as pool:
-            replies = pool.map(post, range(6))
-            serves(server)
-            assert {reply.status for reply in replies} <= {404, 503}
-        assert peak_kib(server) < MEMORY_KIB
+        assert self.statuses(server, 6, body) <= {404, 503}
 
     def test_lists_as_long_as_they_may_be_hold_up_nobody(self, stage: Stage) -> None:
         server = stage.server("--hold")
-        jobs = [{"name": "quick"}] * api.MAX_LIST_JOBS
-
-        def post(_: int) -> Reply:
-            return server.http("POST", "/api/jobs", jobs, 60)
-
-        with ThreadPoolExecutor(6) as pool:
-            replies = pool.map(post, range(12))
-            serves(server)
-            assert {reply.status for reply in replies} <= {200, 503}
-        assert peak_kib(server) < MEMORY_KIB
+        assert self.statuses(server, 12, [{"name": "quick"}] * api.MAX_LIST_JOBS) <= {200, 503}
 
     def test_a_crowd_with_lists_that_are_not_large_holds_up_nobody(self, stage: Stage) -> None:
         server = stage.server("--hold")
@@ -231,15 +227,7 @@ class TestBodies:
         values = b'{"":{"":{"":{"":{}}}}},'
         item = b'{"name":"quick","x":[' + values * (200_000 // len(values)) + b"0]},"
         body = b"[" + item * (message.MAX_BODY_BYTES // len(item) - 1) + b"{}]"
-
-        def post(_: int) -> Reply:
-            return server.http("POST", path, body, 60, {"Idempotency-Key": "k"})
-
-        with ThreadPoolExecutor(6) as pool:
-            replies = pool.map(post, range(6))
-            serves(server)
-            assert {reply.status for reply in replies} <= {400, 413, 503}
-        assert peak_kib(server) < MEMORY_KIB
+        assert self.statuses(server, 6, body, path, **{"Idempotency-Key": "k"}) <= {400, 413, 503}
 
     def test_one_that_comes_slowly_gives_its_place_to_one_that_does_not(self, stage: Stage) -> None:
         server = stage.server("--hold")
