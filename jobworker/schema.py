@@ -26,8 +26,7 @@ CREATE TABLE job (
     due_at          REAL,
     variables       TEXT
 ) STRICT;
-CREATE INDEX job_ready ON job (name, priority DESC, id) WHERE state = 'queued' AND not_before IS NULL;
-CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
+CREATE INDEX job_queued ON job (name, not_before, priority DESC, id) WHERE state = 'queued';
 CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX job_state ON job (state, id);
 CREATE INDEX job_name ON job (name, id);
@@ -88,7 +87,8 @@ CREATE TABLE request (
 CREATE INDEX request_first ON request (first);
 INSERT INTO request SELECT idempotency_key, NULL, id, 1 FROM job WHERE idempotency_key IS NOT NULL;
 DROP INDEX job_idempotency_key;
-CREATE INDEX job_queued ON job (name) WHERE state = 'queued';
+DROP INDEX job_ready;
+CREATE INDEX job_queued ON job (name, not_before, priority DESC, id) WHERE state = 'queued';
 ALTER TABLE job DROP COLUMN idempotency_key;
 ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE job ADD COLUMN cause INTEGER;

@@ -72,8 +72,8 @@ FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
 INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
-READY_NAMES = _each_name("job_ready", _READY)
-READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_ready
+QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
+READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_queued
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes, reading FROM job
@@ -108,7 +108,6 @@ SET_CANCELLING = "UPDATE job SET cancelling = 1 WHERE id = ? AND state = 'runnin
 GET_CLOCK = "SELECT clock FROM server"  # at least that of the latest delay
 SET_CLOCK = "UPDATE server SET clock = ?"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
-QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
 ALL_NAMES = _each_name("job_name", "1")
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
@@ -433,7 +432,7 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: dict[str, int]) -> 
     slots: Counter[frozenset[str]] = Counter()
     for offer in offers:
         slots[offer.names] += offer.free
-    for (name,) in db.execute(READY_NAMES).fetchall():
+    for (name,) in db.execute(QUEUED_NAMES).fetchall():
         room = sum(free for names, free in slots.items() if name in names)
         if name in limits:
             room = min(room, limits[name] - db.one(COUNT_ACTIVE, name)[0])

@@ -35,7 +35,7 @@ class TestQueryPlans:
         return [row["detail"] for row in database.execute(f"EXPLAIN QUERY PLAN {sql}", parameters)]
 
     def test_there_are_statements_to_look_at(self) -> None:
-        assert {"READY_NAMES", "READY_JOBS", "CLAIM", "START", "FINISH", "GET_JOB"} <= NAMED.keys()
+        assert {"QUEUED_NAMES", "READY_JOBS", "CLAIM", "START", "FINISH", "GET_JOB"} <= NAMED.keys()
 
     @pytest.mark.parametrize("name", sorted(NAMED.keys() - ONCE))
     def test_no_statement_scans_jobs_logs_or_attempts(self, database: sqlite3.Connection, name: str) -> None:
@@ -46,11 +46,11 @@ class TestQueryPlans:
     def test_no_statement_sorts_jobs(self, database: sqlite3.Connection, name: str) -> None:
         assert not [step for step in self.plan(database, NAMED[name]) if "TEMP B-TREE" in step]
 
-    @pytest.mark.parametrize("name", ["READY_NAMES", "READY_JOBS"])
+    @pytest.mark.parametrize("name", ["QUEUED_NAMES", "READY_JOBS"])
     def test_a_claim_seeks_among_what_is_ready(self, database: sqlite3.Connection, name: str) -> None:
         searches = [step for step in self.plan(database, NAMED[name]) if step.startswith("SEARCH job")]
         assert searches
-        assert all("INDEX job_ready" in step for step in searches)
+        assert all("INDEX job_queued" in step for step in searches)
 
     @pytest.mark.parametrize("states", [(), ("queued",), ("success", "failure")])
     @pytest.mark.parametrize(
