@@ -21,8 +21,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,7 +51,7 @@ from jobworker.options import (
     start_logging,
     tokens_by_scope,
 )
-from jobworker.state import Arrival, Database, FreeSlots, HeldAttempt, NewJob, Order, Rules
+from jobworker.state import Arrival, Claimed, Database, HeldAttempt, NewJob, Order, Rules
 from jobworker.store import Commit, Store, StoreError
 from jobworker.web import Access, HttpServer, RunnerListener
 from protocol import (
@@ -137,10 +136,6 @@ class ConnectedWorker:
             return f"at {self.address} is draining: it takes no new job and ends with the {len(self.jobs)} it has"
         return f"connected from {self.address}, {self.hello.slots} slots"
 
-    def free_slots(self, configs: Configs) -> FreeSlots:
-        names = configs.names_for(self.hello.tags, self.protocol_version)
-        return FreeSlots(self.id, self.hello.slots - len(self.jobs), names)
-
     def send(self, *messages: protocol.FromServer) -> None:
         """Write messages, in as many frames as that takes; version 1 knows no other than Enqueue."""
         if self.protocol_version == 2:
@@ -214,12 +209,7 @@ class Dispatcher:
         self.configs, self._config_frames = configs, config_frames(configs)
         self.workers: dict[int, ConnectedWorker] = {}
         self.away: dict[int, GracePeriod] = {}
-        # One per worker with a free slot. The store's thread only tests whether it is empty.
-        self.offers: dict[int, FreeSlots] = {}
         self._to_detach: dict[int, float] = {}  # since when each was connected
-        self._claiming = False
-        self._claim_again = False
-        self._attaching: Counter[str] = Counter()  # how many connections of a name do so
         self._silent: dict[ServerConnection, None] = {}  # those that have said nothing yet
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
@@ -291,26 +281,21 @@ class Dispatcher:
         for id_, away in self.away.items():
             if away.name == worker.name:  # its grace must not end while it is being attached
                 self._start_grace(id_, away.name, self.grace)
-        with self._without_offers_of(worker.name):
-            attaching = self.store.do(state.attach, worker.arrival(), self._clock(), self.configs)
-            worker.id, wanted = await asyncio.wrap_future(attaching)
-        self._take_over(worker, wanted)
+        taken_over: asyncio.Future[None] = self._loop.create_future()
 
-    @contextlib.contextmanager
-    def _without_offers_of(self, name: str) -> Iterator[None]:
-        """Have nothing claimed for a name while it attaches: that would be sent to the older connection."""
-        self._attaching[name] += 1
-        self._refresh_offers_of(name)
-        try:
-            yield
-        finally:
-            self._attaching -= Counter([name])
-            self._refresh_offers_of(name)
+        def attached(result: tuple[int, list[HeldAttempt]] | Exception) -> None:
+            if taken_over.cancelled():
+                return
+            if isinstance(result, Exception):
+                taken_over.set_exception(result)
+                return
+            worker.id, wanted = result
+            self._take_over(worker, wanted)
+            taken_over.set_result(None)
 
-    def _refresh_offers_of(self, name: str) -> None:
-        for worker in self.workers.values():
-            if worker.name == name:
-                self._refresh_offer(worker)
+        # A callback, because callbacks run in commit order: what is claimed after this attach goes to this connection.
+        self.store.do_then(attached, state.attach, worker.arrival(), self._clock(), self.configs)
+        await taken_over
 
     def _take_over(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
         worker.jobs = {held.id: held.attempt for held in wanted}
@@ -319,8 +304,6 @@ class Dispatcher:
         self.workers[worker.id] = worker
         log.info("worker %s %s", worker.name, worker.arrival_in_words())
         self._greet(worker, wanted)
-        self._refresh_offer(worker)
-        self.dispatch()
 
     def _replace(self, old: ConnectedWorker | None, worker: ConnectedWorker) -> None:
         if old and old is not worker:
@@ -358,12 +341,6 @@ class Dispatcher:
 
         self._unstored_bytes += size
         self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs)
-        # The claim that fills the slot goes into the same transaction as the result that frees it.
-        ended = [message for message in messages if isinstance(message, JobSuccess | JobFailure)]
-        if ended:
-            for message in ended:
-                self._release(worker, message.job, message.attempt)
-            self.dispatch()
 
     def _answer(self, worker: ConnectedWorker, replies: list[protocol.FromServer] | Exception) -> None:
         if isinstance(replies, Exception):
@@ -373,30 +350,22 @@ class Dispatcher:
             return
         if replies:
             worker.send(*replies)
-        settled = [reply for reply in replies if isinstance(reply, Settled)]
-        if sum(self._release(worker, reply.job, reply.attempt) for reply in settled):
-            self.dispatch()
-
-    def _release(self, worker: ConnectedWorker, job: int, attempt: int) -> bool:
-        if worker.jobs.get(job) != attempt:
-            return False
-        del worker.jobs[job]
-        self._refresh_offer(worker)
-        return True
+        for reply in replies:
+            if isinstance(reply, Settled) and worker.jobs.get(reply.job) == reply.attempt:
+                del worker.jobs[reply.job]
 
     def carry_out(self, order: Order) -> None:
         """Tell a worker to stop a running attempt, or to let go one that it had not started."""
         worker = self.workers.get(order.worker)
         if worker and worker.jobs.get(order.job) == order.attempt:
             worker.send((Stop if order.started else Settled)(order.job, order.attempt))
-            if not order.started and self._release(worker, order.job, order.attempt):
-                self.dispatch()
+            if not order.started:
+                del worker.jobs[order.job]
 
     def _detach(self, worker: ConnectedWorker) -> None:
         if self.workers.get(worker.id) is not worker:
             return
         del self.workers[worker.id]
-        self.offers.pop(worker.id, None)
         log.info("worker %s disconnected, %d jobs held", worker.name, len(worker.jobs))
         leaves = worker.protocol_version == 1 or (
             not worker.jobs and worker.socket.close_code == CloseCode.NORMAL_CLOSURE
@@ -419,11 +388,10 @@ class Dispatcher:
         self.store.do_then(written, state.detach, worker_id, since, self._clock())
 
     def tick(self) -> None:
-        """Write what could not be written before, give up the workers whose grace is over, and fill free slots."""
+        """Write what could not be written before, and give up the workers whose grace is over."""
         for worker_id in self._to_detach:
             self._write_detached(worker_id)
         self._lose_overdue()
-        self.dispatch()
 
     def _lose_overdue(self) -> None:
         now = self._loop.time()
@@ -438,48 +406,23 @@ class Dispatcher:
 
             self.store.do_then(lost, state.lose, worker_id, self._clock(), self.configs)
 
-    def dispatch(self) -> None:
-        """Have free slots filled; one claim is under way at a time."""
-        if self._claiming:
-            self._claim_again = True
-            return
-        if self.offers:
-            self._claiming = True
-            self.store.do_then(self._on_claimed, state.claim, list(self.offers.values()), self.configs.limits)
-
-    def _on_claimed(self, claims: list[state.Claimed] | Exception) -> None:
-        self._claiming = False
-        if isinstance(claims, Exception):
-            self._report(claims)  # the next tick tries again
-            return
+    def send_claimed(self, claimed: Iterable[Claimed]) -> None:
+        """Send workers the jobs that were claimed for them."""
         messages: dict[int, list[Enqueue]] = {}
-        for worker_id, job, name, attempt, environment in claims:
+        for worker_id, job, name, attempt, environment in claimed:
             messages.setdefault(worker_id, []).append(Enqueue(job, name, attempt, environment))
         for worker_id, enqueues in messages.items():
             # Where the worker went meanwhile, its detach comes after the claim and queues the jobs again.
             if worker := self.workers.get(worker_id):
                 worker.jobs.update((enqueue.job, enqueue.attempt) for enqueue in enqueues)
                 worker.send(*enqueues)
-                self._refresh_offer(worker)
-        if self._claim_again:
-            self._claim_again = False
-            self.dispatch()
 
     def reload(self, configs: Configs, frames: dict[int, bytes]) -> None:
         """Take a new configuration and its config_frames: for jobs not yet started, and to all workers."""
         self.configs, self._config_frames = configs, frames
+        self.store.do_then(self._report, state.adopt, configs)
         for worker in self.workers.values():
             worker.send_configs(configs, self._config_frames)
-            self._refresh_offer(worker)
-        self.dispatch()
-
-    def _refresh_offer(self, worker: ConnectedWorker) -> None:
-        """Keep up with what has changed of a worker: its jobs, its slots or what it may run."""
-        if self.workers.get(worker.id) is worker:
-            offer = worker.free_slots(self.configs)
-            self.offers.pop(worker.id, None)
-            if offer.free > 0 and not self._attaching[worker.name]:
-                self.offers[worker.id] = offer
 
     def _close(self, worker: ConnectedWorker, code: int, reason: str) -> None:
         task = asyncio.ensure_future(worker.socket.close(code, reason))
@@ -531,13 +474,14 @@ class Core:
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""
+        self.store.do(state.adopt, self.dispatcher.configs)
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self.clock())))
         await asyncio.wrap_future(self.store.do(state.tick, self.clock()))
         self.end_gone()
         self.adopt_schedules()
 
     def on_commit(self, commit: Commit) -> None:
-        """Call back who waits for a commit, pass on its orders, and have what it made ready claimed."""
+        """Call back who waits for a commit, and pass on its orders and what it claimed."""
         for callback, result in commit.calls:
             try:
                 callback(result)
@@ -545,8 +489,7 @@ class Core:
                 log.error("internal error", exc_info=error)
         for order in commit.orders:
             self.dispatcher.carry_out(order)
-        if commit.ready:
-            self.dispatcher.dispatch()
+        self.dispatcher.send_claimed(commit.claimed)
         if commit.ends and log.isEnabledFor(logging.INFO):
             self._tell(commit.ends)
 
@@ -625,9 +568,8 @@ class Server:
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
-        if commit.calls or commit.orders or commit.ends or self.core.dispatcher.offers:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self.loop.call_soon_threadsafe(self.core.on_commit, commit)
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            self.loop.call_soon_threadsafe(self.core.on_commit, commit)
 
     async def run(self) -> int:
         """Serve until a signal or a broken database; the exit code."""

@@ -14,7 +14,7 @@ import random
 import sqlite3
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -38,6 +38,7 @@ TRANSITIONS = {
     ("running", "cancel"): "cancelled",
 }
 STATES = ("queued", "assigned", "running", "success", "failure", "cancelled")
+ACTIVE_STATES = ("assigned", "running")
 FINAL_STATES = ("success", "failure", "cancelled")
 
 FREE_PAGES_LIMIT = 1_000
@@ -60,7 +61,7 @@ def _each_name(index: str, condition: str) -> str:
 
 JOB_WITH_WORKER = "job.*, worker.name AS worker_name FROM job LEFT JOIN worker ON worker.id = job.worker"
 _READY = "state = 'queued' AND not_before IS NULL"
-_ACTIVE = "state IN ('assigned', 'running')"
+_ACTIVE = f"state IN {ACTIVE_STATES}"
 _GUARD = "id = :id AND attempt = :attempt AND worker = :worker AND state = :from_state"
 
 GET_JOB = f"SELECT {JOB_WITH_WORKER} WHERE job.id = ?"
@@ -135,12 +136,19 @@ COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
 
 
 class Rules(Protocol):
-    """What jobs.yaml asks for when an attempt ends; a Configs is one."""
+    """What jobs.yaml asks for, as far as it decides on states; a Configs is one."""
 
     def retry_delay(self, name: str, failures: int) -> float | None: ...
 
     def follow_up(self, name: str, final_state: str) -> tuple[str, dict[str, str], int] | None:
         """Give the name, variables and priority of the job that follows one that has ended so."""
+
+    def names_for(self, tags: tuple[str, ...], protocol: int) -> frozenset[str]:
+        """Give the names of the jobs that such a worker may take."""
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """How many jobs of a name may be assigned or running at once."""
 
 
 class Refusal(NamedTuple):
@@ -170,11 +178,13 @@ class Key(NamedTuple):
 
 
 class FreeSlots(NamedTuple):
-    """A worker with free slots, and the names of the jobs it may take."""
+    """A connected worker, how many jobs it may take now, and the names of those; below 0: it ends with what it has."""
 
     worker: int
     free: int
     names: frozenset[str]
+    tags: tuple[str, ...] = ()
+    protocol: int = 2
 
 
 class Claimed(NamedTuple):
@@ -254,10 +264,12 @@ class Notes:
     """What the transaction under way has changed. A rollback forgets it."""
 
     last_id: int
+    slots: dict[int, FreeSlots]
+    ready: bool  # a claim may find more than the last one did
     moved: Counter[str] = field(default_factory=Counter)
     jobs: set[int] = field(default_factory=set)
     workers: set[int] = field(default_factory=set)
-    ready: bool = False
+    claimed: list[Claimed] = field(default_factory=list)
     finished: list[End] = field(default_factory=list)
     retried: list[End] = field(default_factory=list)
     orders: list[Order] = field(default_factory=list)
@@ -265,14 +277,20 @@ class Notes:
 
 
 class Database:
-    """What a function sees of the store: the connection, and notes of what its transaction changes."""
+    """What a function sees of the store: the connection, and notes of what its transaction changes.
+
+    slots: by worker, those of all that are connected. limits: as Rules has them.
+    """
 
     def __init__(self, connection: sqlite3.Connection, chance: random.Random) -> None:
         self.connection, self.chance = connection, chance
         self.counts = Counter({row["state"]: row["jobs"] for row in self.execute(COUNT_STATES)})
         last = self.one(LAST_ID)
         self.last_id: int = last[0] if last else 0
-        self.notes = Notes(self.last_id)
+        self.slots: dict[int, FreeSlots] = {}
+        self.limits: Mapping[str, int] = {}
+        self.ready = False
+        self.notes = Notes(self.last_id, {}, False)
         self.totals = Totals()
         self.watchers: dict[int, Future[None]] = {}
         self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
@@ -290,14 +308,14 @@ class Database:
         return self.watchers.setdefault(job, Future())
 
     def begin(self) -> None:
-        self.notes = Notes(self.last_id)
+        self.notes = Notes(self.last_id, self.slots.copy(), self.ready)
         self.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> Notes:
         """Commit, and take over what the transaction noted."""
         self.execute("COMMIT")
         notes = self.notes
-        self.last_id = notes.last_id
+        self.last_id, self.slots, self.ready = notes.last_id, notes.slots, notes.ready
         self.counts.update(notes.moved)
         self.totals.observe(notes.finished)
         self.untold_jobs |= notes.jobs
@@ -335,10 +353,16 @@ def _move(db: Database, statement: str, event: str, from_state: str, job: int, *
         db.notes.moved[from_state] -= 1
         db.notes.moved[to_state] += 1
         db.notes.jobs.add(job)
-        if "worker" in values:
-            db.notes.workers.add(values["worker"])
-        db.notes.ready = db.notes.ready or to_state not in ("assigned", "running")
+        if worker := values.get("worker"):
+            db.notes.workers.add(worker)
+            _count_slots(db, worker, (from_state in ACTIVE_STATES) - (to_state in ACTIVE_STATES))
+        db.notes.ready = db.notes.ready or to_state not in ACTIVE_STATES
     return moved
+
+
+def _count_slots(db: Database, worker: int, more: int) -> None:
+    if more and (slots := db.notes.slots.get(worker)):
+        db.notes.slots[worker] = slots._replace(free=slots.free + more)
 
 
 # Jobs come in
@@ -421,7 +445,23 @@ def make_due(db: Database, now: float) -> int:
 # Jobs go out
 
 
-def claim(db: Database, offers: Sequence[FreeSlots], limits: dict[str, int]) -> list[Claimed]:
+def fill_slots(db: Database) -> None:
+    """Have claimed what free slots can take, where there may be something: the last of a transaction."""
+    if db.notes.ready:
+        offers = [slots for slots in db.notes.slots.values() if slots.free > 0]
+        db.notes.claimed = claim(db, offers, db.limits) if offers else []
+        db.notes.ready = False
+
+
+def adopt(db: Database, rules: Rules) -> None:
+    """Have claims go by the jobs.yaml now in force, also where this transaction fails."""
+    db.limits = rules.limits
+    for known in (db.slots, db.notes.slots):
+        known |= {id_: slots._replace(names=rules.names_for(*slots[3:])) for id_, slots in known.items()}
+    db.notes.ready = True
+
+
+def claim(db: Database, offers: Sequence[FreeSlots], limits: Mapping[str, int]) -> list[Claimed]:
     """Give queued jobs to workers with free slots, best first, and mark them assigned.
 
     limits: how many jobs of a name may be assigned or running at once. Of the workers that may take a job, the one
@@ -445,7 +485,7 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: dict[str, int]) -> 
 def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[FreeSlots]) -> Iterator[Claimed]:
     # A heap for each set of names: thousands of jobs and workers would make too many pairs.
     heaps: dict[frozenset[str], list[tuple[int, float, int]]] = {}
-    for worker, free, names in offers:
+    for worker, free, names, *_ in offers:
         heappush(heaps.setdefault(names, []), (-free, db.chance.random(), worker))
     for job in ready:
         takers = [heap for names, heap in heaps.items() if heap and job["name"] in names]
@@ -575,6 +615,10 @@ def attach(db: Database, arrival: Arrival, now: float, rules: Rules) -> tuple[in
             wanted.append(HeldAttempt(*key, row["log_bytes"], bool(row["cancelling"]), row["reading"]))
         else:
             _lose(db, row, now, rules)
+    names = rules.names_for(arrival.tags, arrival.protocol)
+    free = arrival.slots - len(wanted)
+    db.notes.slots[worker] = FreeSlots(worker, free, names, arrival.tags, arrival.protocol)
+    db.notes.ready = True
     return worker, wanted
 
 
@@ -587,6 +631,7 @@ def detach(db: Database, worker: int, since: float, now: float) -> int:
     if db.execute(DISCONNECT_WORKER, (now, worker, since)).rowcount == 0:
         return 0
     db.notes.workers.add(worker)
+    db.notes.slots.pop(worker, None)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
     db.execute(KEEP_HELD, (json.dumps([row["id"] for row in rows]), worker))
     for row in rows:
@@ -629,7 +674,7 @@ def cancel(db: Database, job: int, now: float) -> sqlite3.Row | Refusal:
         db.execute(SET_CANCELLING, (job,))
         db.notes.jobs.add(job)
     else:
-        _move(db, END_WAITING, "cancel", row["state"], job, reason="cancelled", now=now)
+        _move(db, END_WAITING, "cancel", row["state"], job, reason="cancelled", now=now, worker=row["worker"])
     if row["worker"] is not None:
         db.notes.workers.add(row["worker"])
         db.notes.orders.append(Order(row["worker"], job, row["attempt"], row["state"] == "running"))
@@ -711,7 +756,8 @@ def overview(db: Database, now: float) -> dict[str, Any]:
 
 
 def tick(db: Database, now: float) -> None:
-    """Have those who listen told what has changed, once that is on disk."""
+    """Have those who listen told what has changed, once that is on disk; and try to claim, whatever failed before."""
+    db.notes.ready = True
     db.notes.tick = overview(db, now), now
 
 

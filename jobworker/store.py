@@ -6,11 +6,11 @@ One thread owns the one SQLite connection. The others hand it functions, `store.
 are waiting in one transaction, makes that durable with one fsync, and only then lets anyone see a result:
 
     HTTP threads ── do ──▶ ┌───────┐                                       ┌─▶ futures of the HTTP threads
-    event loop ─ do_then ─▶ │ queue │ ──▶ BEGIN, f, g, h …, COMMIT (fsync) ─┼─▶ deliver(): callbacks of the loop
+    event loop ─ do_then ─▶ │ queue │ ──▶ BEGIN, f, g, …, claim, COMMIT ────┼─▶ deliver(): callbacks of the loop
                            └───────┘                                       └─▶ watchers of the jobs that changed
 
 A function either returns a result or raises: then nothing of it happens. A group in which one raises is rolled back and
-run again one by one.
+run again one by one, without the claim: should that be what failed, the group stands, and a later one tries again.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 from jobworker.backup import copy_of
 from jobworker.ends import End
 from jobworker.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, SCHEMA_VERSION
-from jobworker.state import Database, Notes, Order
+from jobworker.state import Claimed, Database, Notes, Order, fill_slots
 
 GROUP_LIMIT = 1_000
 
@@ -47,11 +47,11 @@ class _Request(NamedTuple):
 
 
 class Commit(NamedTuple):
-    """What one commit did: callbacks with their results, whether a claim may find more now, orders to workers, ends."""
+    """What one commit did: callbacks with their results, orders to workers, claims for them, ends."""
 
     calls: list[tuple[Callback, Any]]
-    ready: bool = False
     orders: Sequence[Order] = ()
+    claimed: Sequence[Claimed] = ()
     ends: Sequence[End] = ()
 
 
@@ -170,6 +170,8 @@ class Store:
             database.begin()
             before = database.connection.total_changes
             results = [request.function(database, *request.args) for request in group]
+            if not alone:
+                self._claim()
             notes = database.commit()
         except Exception as error:  # noqa: BLE001 - whatever it was, it must not end the one thread that can write
             with contextlib.suppress(sqlite3.Error):
@@ -182,6 +184,14 @@ class Store:
             self.error = None
         self._hand_out(group, results, notes)
         return True
+
+    def _claim(self) -> None:
+        try:
+            fill_slots(self._database)
+        except Exception as error:
+            if not isinstance(error, sqlite3.Error):
+                _log.error("internal error: nothing was claimed", exc_info=error)
+            raise
 
     def _check_file(self) -> None:
         """Take nothing more once the file is deleted or replaced: SQLite would go on writing to what nobody finds."""
@@ -210,7 +220,7 @@ class Store:
     def _hand_out(self, group: list[_Request], results: list[Any], notes: Notes) -> None:
         calls = [(request.callback, result) for request, result in zip(group, results, strict=True) if request.callback]
         # The loop first: what a caller does on seeing its future done comes after it there.
-        self._tell_loop(Commit(calls, notes.ready, notes.orders, notes.retried + notes.finished))
+        self._tell_loop(Commit(calls, notes.orders, notes.claimed, notes.retried + notes.finished))
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
                 request.future.set_result(result)

@@ -65,13 +65,14 @@ class TestMemory:
                     await asyncio.sleep(0)
 
         async def flood() -> int:
-            store, socket = Store(":memory:"), Flood()
+            store, socket = Store(":memory:", lambda commit: [call(result) for call, result in commit.calls]), Flood()
             dispatcher = Dispatcher(store, Configs([]), 60, time.time, write=lambda *_: None)
             serving = asyncio.ensure_future(dispatcher.serve(socket))  # type: ignore[arg-type]
-            while not dispatcher.workers:
-                await asyncio.sleep(0)
-                if store._requests.qsize():
-                    store.commit_waiting()
+            async with asyncio.timeout(10):
+                while not dispatcher.workers:
+                    await asyncio.sleep(0)
+                    if store._requests.qsize():
+                        store.commit_waiting()
             for _ in range(5_000):
                 await asyncio.sleep(0)
             serving.cancel()

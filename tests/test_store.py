@@ -17,7 +17,7 @@ from jobworker.schema import SCHEMA_VERSION
 from jobworker.state import NewJob
 from jobworker.store import Store
 from tests.stage import ROOT
-from tests.test_state import RULES, arrival
+from tests.test_state import RULES, Rules, arrival
 
 SCHEMA_1 = ROOT / "tests" / "schema-1.sqlite"  # made by jobworker 1.0.0
 
@@ -30,6 +30,53 @@ class TestDurability:
         settings = [connection.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "journal_mode")]
         connection.close()
         assert settings == [2, "wal"]  # 2: FULL, an fsync a commit
+
+
+class TestClaim:
+    """What a transaction makes ready is claimed by its end."""
+
+    class AnyName(Rules):
+        def names_for(self, _tags: tuple[str, ...], _protocol: int) -> frozenset[str]:
+            return frozenset({"once"})
+
+    @pytest.fixture
+    def claimed(self) -> list[int]:
+        return []
+
+    @pytest.fixture
+    def store(self, tmp_path: Path, claimed: list[int]) -> Iterator[Store]:
+        def deliver(commit: store_module.Commit) -> None:
+            claimed.extend(claim.id for claim in commit.claimed)
+
+        with contextlib.closing(Store(str(tmp_path / "jobs.db"), deliver).start()) as store:
+            store.do(state_module.attach, arrival("w"), 0.0, self.AnyName()).result()
+            yield store
+
+    def test_a_new_job_is_claimed_by_the_commit_that_adds_it(self, store: Store, claimed: list[int]) -> None:
+        store.do(state_module.add, [NewJob("once")], 0.0).result()
+        assert claimed == [1]
+
+    def test_a_result_and_the_claim_of_the_slot_it_frees_are_one_commit(self, store: Store, claimed: list[int]) -> None:
+        store.do(state_module.add, [NewJob("once")] * 2, 0.0).result()
+        assert claimed == [1]
+        store.do(state_module.succeed, 1, 1, 1, 1.0, RULES).result()
+        assert claimed == [1, 2]
+
+    def test_where_it_fails_all_else_stands_and_a_later_one_tries_again(
+        self, store: Store, claimed: list[int], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def spoil(db: state_module.Database, environment: str) -> None:
+            db.execute("UPDATE job SET environment = ?", (environment,))
+
+        store.do(state_module.attach, arrival("w"), 0.0, RULES).result()  # it takes nothing
+        store.do(state_module.add, [NewJob("once")], 0.0).result()
+        store.do(spoil, "{").result()
+        store.do(state_module.attach, arrival("w"), 0.0, self.AnyName()).result()
+        assert store.do(state_module.get, 1).result()["state"] == "queued"
+        assert "nothing was claimed" in caplog.text
+        assert claimed == []
+        store.do(spoil, "{}").result()
+        assert claimed == [1]
 
 
 class TestMigration:
