@@ -1,13 +1,13 @@
-"""The job server: reads jobs.yaml, serves the HTTP API and /runner on one port, matches queued jobs with free workers.
+"""The job server: reads jobs.yaml, serves the HTTP API and /runner on one port, sends jobs to workers.
 
 Its threads, and what they may touch:
 
-    main thread      the event loop: Dispatcher (worker connections, claims, timers). Everything in this file runs here.
+    main thread      the event loop: Dispatcher (worker connections, timers). Everything in this file runs here.
     http.server      one thread a connection (web.py, api.py): answers requests from the store; hands /runner over
     store            the database (store.py, state.py), where the two meet, and nowhere else
 
-A job is claimed late: when a worker has a free slot. What a worker reports is written by one transaction a frame, and
-answered when that is on disk.
+A job is claimed late, when a worker has a free slot: by the commit that made job or slot ready. What a worker reports
+is written by one transaction a frame, and answered when that is on disk.
 """
 
 import argparse
@@ -189,7 +189,7 @@ def record_reports(
 
 
 class Dispatcher:
-    """Knows which connections there are and what each was sent; gives queued jobs to free slots.
+    """Knows which connections there are, and sends each what commits leave to tell it.
 
     clock: gives seconds since the epoch. Deadlines are on the loop's own clock, which no one sets.
     """
