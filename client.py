@@ -565,7 +565,7 @@ class Worker:
         """Send what jobs wrote, end those whose time is over, and remove what is settled."""
         while True:
             await asyncio.sleep(LOG_FLUSH_SECONDS)
-            self.cleaner.start()
+            self.cleaner.start(idle=not self.held)
             for attempt in list(self.held.values()):
                 if attempt.state == "running":
                     if attempt.life.is_too_old():

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import protocol
+from jobworker.cleaner import GATHER_SECONDS
 from tests.peers import ScriptedServer
 from tests.stage import ROOT, Program, Server, Stage, Worker, meanwhile, until
 
@@ -176,7 +177,20 @@ class TestNoCommand(WithAJob):
 
 
 class TestRemoval:
-    """What went is gone; what failed waits longer each time, by itself."""
+    """What went is gone, many in one call; what failed waits longer each time, by itself."""
+
+    def test_while_jobs_run_those_that_ended_are_removed_together(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server, "--slots", "2")
+        long = server.sh(f"until [ -e {stage.folder}/go ]; do sleep 0.05; done")
+        began = time.monotonic()
+        for _ in range(40):
+            server.ended(server.post("quick"))
+        until(lambda: len(stage.docker.containers()) == 1)
+        assert len(stage.docker.calls("rm")) <= 1 + (time.monotonic() - began) / GATHER_SECONDS
+        (stage.folder / "go").touch()
+        server.ended(long)
+        until(lambda: stage.docker.containers() == [])
 
     def test_one_that_is_busy_holds_up_no_other_and_is_said_once(self, stage: Stage) -> None:
         server = stage.server()
