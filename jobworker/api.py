@@ -365,13 +365,18 @@ def _retry_all(api: Api, wanted: Wanted) -> Response:
     queued, refused = 0, []
     while rows := api.do(lists.page, wanted, BULK_JOBS):
         wanted = wanted._replace(after=rows[-1]["id"])
-        jobs = []
+        jobs = {}
         for row in rows:
             try:
-                jobs.append(api.again(row))
+                jobs[row["id"]] = api.again(row)
             except ApiError as error:
                 refused.append({"id": row["id"], "detail": error.detail})
-        queued += len(api.do(state.add, jobs, api.clock(), api.hold))
+        try:
+            queued += len(api.do(state.add, list(jobs.values()), api.clock(), api.hold))
+        except ApiError as error:
+            if not queued:
+                raise
+            refused += [{"id": id_, "detail": error.detail} for id_ in jobs]  # the last worker went meanwhile
     return answer_json({"queued": queued, "refused": refused})
 
 

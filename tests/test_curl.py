@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
@@ -12,8 +13,12 @@ from urllib.parse import quote
 
 import pytest
 
+from jobworker import api, lists, state
+from jobworker.config import Configs, JobConfig
+from jobworker.store import Store
 from tests.peers import ScriptedWorker
 from tests.stage import ROOT, Server, Stage, problem, until
+from tests.test_state import arrival
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 JOBS = """
@@ -169,6 +174,26 @@ class TestBulk:
         assert reply["queued"] == 1
         assert [each["id"] for each in reply["refused"]] == [first]
         assert "no job named 'quick'" in reply["refused"][0]["detail"]
+
+    def test_what_was_queued_is_counted_though_the_last_worker_goes_meanwhile(self) -> None:
+        with contextlib.closing(Store(":memory:").start()) as store:
+            configs = Configs([JobConfig(name="once", image="busybox")])
+            worker, _held = store.do(state.attach, arrival("w"), 0.0, configs).result()
+            ids = store.do(state.add, [state.NewJob("once")] * (api.BULK_JOBS + 2), 0.0).result()
+            store.do(lists.cancel_all, lists.Wanted(), len(ids), 0.0).result()
+            pieces = iter([0.0, 1.0])
+
+            def clock() -> float:
+                if now := next(pieces):
+                    store.do(state.lose, worker, now, configs).result()
+                return now
+
+            answer = api._retry_all(api.Api(store, configs, False, clock), lists.Wanted(("cancelled",)))
+        assert isinstance(answer.body, bytes)
+        told = json.loads(answer.body)
+        assert told["queued"] == api.BULK_JOBS
+        assert [each["id"] for each in told["refused"]] == ids[api.BULK_JOBS :]
+        assert "worker is not exist" in told["refused"][0]["detail"]
 
     def test_running_ones_are_asked_to_stop(self, worked: Server) -> None:
         job = worked.sh("while :; do sleep 0.05; done")
