@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
-WITH_ENGINE := $(BIN)/python checks/engine.py run --
+WITH_ENGINE := $(BIN)/python checks/engine.py run
 
 .PHONY: help demo run test lint format coverage bench bench-peers simulate chaos mutants clean
 
@@ -11,13 +11,13 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/ready ## a server, two workers and hello-world in a container: what jobworker does, in seconds
-	@$(WITH_ENGINE) $(BIN)/python checks/demo.py
+	@$(WITH_ENGINE) --or-podman -- $(BIN)/python checks/demo.py
 
 run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
-	@$(WITH_ENGINE) $(BIN)/python checks/demo.py --stay
+	@$(WITH_ENGINE) --or-podman -- $(BIN)/python checks/demo.py --stay
 
-test: .venv/ready-dev browser nginx ## the tests, with real containers and a real browser
-	@$(WITH_ENGINE) $(BIN)/python -m pytest $(ARGS)
+test: .venv/ready-dev browser nginx engines ## the tests, with real containers and a real browser
+	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
 	@$(BIN)/ruff check
@@ -28,13 +28,13 @@ format: .venv/ready-dev ## format the code as `make lint` wants it
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-coverage: .venv/ready-dev browser nginx ## the tests, and which branches they do not reach
-	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) $(BIN)/coverage run -m pytest $(ARGS)
+coverage: .venv/ready-dev browser nginx engines ## the tests, and which branches they do not reach
+	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) --and-podman -- $(BIN)/coverage run -m pytest $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 
 bench: .venv/ready-dev ## how fast it is on this machine, beside what else does the same
-	@$(WITH_ENGINE) $(BIN)/python checks/bench.py $(ARGS)
+	@$(WITH_ENGINE) -- $(BIN)/python checks/bench.py $(ARGS)
 
 bench-peers: .venv/ready-dev ## the same work by rq, celery, dramatiq and huey, installed in a folder of their own
 	@command -v redis-server >/dev/null || $(PYTHON) checks/packages.py redis-server
@@ -44,10 +44,10 @@ simulate: .venv/ready-dev ## play histories of the real code on a virtual clock:
 	@$(BIN)/python checks/simulate.py $(ARGS)
 
 chaos: .venv/ready-dev ## kill everything again and again and count the promises
-	@$(WITH_ENGINE) $(BIN)/python checks/chaos.py $(ARGS)
+	@$(WITH_ENGINE) -- $(BIN)/python checks/chaos.py $(ARGS)
 
 mutants: .venv/ready-dev ## break the code line by line and see the tests fail
-	@$(WITH_ENGINE) $(BIN)/python checks/mutants.py $(ARGS)
+	@$(WITH_ENGINE) -- $(BIN)/python checks/mutants.py $(ARGS)
 
 clean: ## remove what all of these left in this folder
 	@rm -rf .venv .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache __pycache__ */__pycache__
@@ -56,6 +56,12 @@ clean: ## remove what all of these left in this folder
 browser:
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || $(PYTHON) checks/packages.py chromium || \
 	    { echo "Or name a Chromium or Chrome that is there: CHROMIUM=/path/to/it make test" >&2; exit 1; }
+
+# Without them the tests of podman, and of what is pulled, are left out.
+.PHONY: engines
+engines:
+	@command -v podman >/dev/null && command -v docker-registry >/dev/null || \
+	    $(PYTHON) checks/packages.py podman docker-registry || true
 
 .PHONY: nginx
 nginx:

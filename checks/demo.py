@@ -1,7 +1,8 @@
 """Shows what jobworker does: `make demo`, or `make run` for a server and a worker that stay (`demo.py --stay`).
 
 The demo types for its reader: a server and two workers start, curl asks for a job and for what came of it. It prints
-what they answer, word for word, and fails when they do. `docker` has to reach an engine with the image hello-world.
+what they answer, word for word, and fails when they do. `docker`, or what JOBWORKER_DOCKER names, has to reach an
+engine with the image hello-world.
 """
 
 import json
@@ -37,7 +38,8 @@ class DemoError(Exception):
 @contextmanager
 def started(port: int, database: Path, workers: int, log: IO[str]) -> Iterator[list[subprocess.Popen[str]]]:
     """Have a server and its workers, connected, for as long as the block runs; each line in `log` says whose it is."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("JOBWORKER_")}
+    own = {name for name in os.environ if name.startswith("JOBWORKER_") and name != "JOBWORKER_DOCKER"}
+    environment = {name: value for name, value in os.environ.items() if name not in own}
     commands = {"server": ["server.py", f"--port={port}", f"--database={database}", "jobs.yaml"]}
     commands |= {f"worker-{count}": ["client.py", f"localhost:{port}/runner"] for count in range(1, workers + 1)}
     processes: list[subprocess.Popen[str]] = []

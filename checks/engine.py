@@ -1,8 +1,11 @@
-"""A Docker engine for the demo and the tests: `engine.py run -- COMMAND...`.
+"""An engine for the demo and the tests: `engine.py run [--or-podman | --and-podman] -- COMMAND...`.
 
 COMMAND runs with DOCKER_HOST naming an engine that has the images `hello-world` and `busybox`. One that answers already
 is used as it is. Where none does and we are root on Debian, a private one is started from the distribution's packages,
 and stopped again at the end.
+
+--or-podman: where no Docker engine answers, a podman that runs containers will do; JOBWORKER_DOCKER then names it.
+--and-podman: podman, where it is there, has the images, too, in a storage of our own that its variables name.
 
 A machine has at most one private engine, as two would take the bridge docker0 from each other. Runs at the same time
 share it: each holds a shared lock on `users` as long as it lasts, and the one that is left alone there at its end stops
@@ -12,6 +15,7 @@ the engine. The kernel drops the lock of a run that is killed, so the next run t
     end:   lock ─▶ alone in `users`: stop ─▶ unlock
 """
 
+import argparse
 import fcntl
 import io
 import json
@@ -41,6 +45,20 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 PROGRAMS = {"docker.io": "dockerd", "iptables": "iptables", "busybox-static": "busybox"}
 COMMANDS = {"hello-world": "/hello", "busybox": "/bin/sh"}
+PODMANS_FILES = {
+    "CONTAINERS_CONF": """[containers]
+default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
+netns = "none"
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+""",
+    "CONTAINERS_STORAGE_CONF": """[storage]
+driver = "vfs"
+graphroot = "{folder}/data"
+runroot = "{folder}/run"
+""",
+}
 HELLO = """#!/bin/sh
 echo
 echo 'Hello from Docker!'
@@ -50,11 +68,18 @@ echo
 
 
 @contextmanager
-def running_engine() -> Iterator[None]:
+def running_engine(or_podman: bool, and_podman: bool) -> Iterator[None]:
     """Have an engine with the test images, named by os.environ's DOCKER_HOST, for as long as the block runs.
 
     Raises SetupError, with a sentence for the user, where no engine is to be had.
     """
+    if or_podman and not succeeds("version") and podman_runs():
+        os.environ["JOBWORKER_DOCKER"] = "podman"
+        yield
+        return
+    if and_podman and shutil.which("podman"):
+        name_podmans_files()
+        provide_images("podman")
     if not succeeds("version"):
         provide_packages()
     if not succeeds("version"):  # where there is systemd, the package has started one
@@ -100,11 +125,32 @@ def is_alone(users: io.TextIOBase) -> bool:
     return True
 
 
-def docker(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"") -> str:
-    """Run a docker command, within a time, and give its output. Raises SetupError with its complaint when it fails."""
-    command = ["docker", *arguments]
+def podman_runs() -> bool:
+    """Whether there is a podman that runs a container; it then has the images."""
+    if not shutil.which("podman"):
+        return False
     try:
-        result = subprocess.run(command, input=stdin, capture_output=True, timeout=seconds, check=False)
+        provide_images("podman")
+    except SetupError:
+        return False
+    return succeeds("run", "--rm", "busybox", "true", command="podman")
+
+
+def name_podmans_files() -> None:
+    """Have podman keep its images and containers in our folder, and run where neither network nor systemd is set up."""
+    folder = scratch_folder() / "podman"
+    folder.mkdir(exist_ok=True)
+    for variable, text in PODMANS_FILES.items():
+        file = folder / variable.lower()
+        file.write_text(text.format(folder=folder))
+        os.environ[variable] = str(file)
+
+
+def docker(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"", command: str = "docker") -> str:
+    """Run a docker command, within a time, and give its output. Raises SetupError with its complaint when it fails."""
+    command_line = [command, *arguments]
+    try:
+        result = subprocess.run(command_line, input=stdin, capture_output=True, timeout=seconds, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise SetupError(str(error)) from None
     if result.returncode != 0:
@@ -112,9 +158,9 @@ def docker(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"")
     return result.stdout.decode(errors="replace").strip()
 
 
-def succeeds(*arguments: str, seconds: float = ANSWER_SECONDS) -> bool:
+def succeeds(*arguments: str, seconds: float = ANSWER_SECONDS, command: str = "docker") -> bool:
     try:
-        docker(*arguments, seconds=seconds)
+        docker(*arguments, seconds=seconds, command=command)
     except SetupError:
         return False
     return True
@@ -173,16 +219,17 @@ def is_ours(pid: int) -> bool:
         return False
 
 
-def provide_images() -> None:
-    missing = [image for image in COMMANDS if not succeeds("image", "inspect", image)]
+def provide_images(command: str = "docker") -> None:
+    missing = [image for image in COMMANDS if not succeeds("image", "inspect", image, command=command)]
     if not missing:
         return
     print(f"Pulling {' and '.join(missing)} ...", flush=True)
-    if all(succeeds("pull", image, seconds=PULL_SECONDS) for image in missing):
+    if all(succeeds("pull", image, seconds=PULL_SECONDS, command=command) for image in missing):
         return
     print("They can't be pulled: making them from busybox ...", flush=True)
     for image in missing:
-        docker("import", "--change", f"CMD {json.dumps([COMMANDS[image]])}", "-", image, stdin=busybox_root())
+        start = f"CMD {json.dumps([COMMANDS[image]])}"
+        docker("import", "--change", start, "-", image, stdin=busybox_root(), command=command)
 
 
 def busybox_root() -> bytes:
@@ -194,6 +241,7 @@ def busybox_root() -> bytes:
     archive = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder, tarfile.open(fileobj=archive, mode="w") as tar:
         root = Path(folder)
+        root.chmod(0o755)  # for whoever runs there, not for root alone
         (root / "bin").mkdir()
         shutil.copy(busybox, root / "bin" / "busybox")
         for name in {*names} - {"busybox"}:
@@ -227,14 +275,18 @@ def interrupt(signum: int, _frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    if sys.argv[1:3] != ["run", "--"] or len(sys.argv) < 4:
-        print("usage: engine.py run -- COMMAND...", file=sys.stderr)
-        return 2
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", choices=["run"])
+    podman = parser.add_mutually_exclusive_group()
+    podman.add_argument("--or-podman", action="store_true", help="podman will do where no Docker engine answers")
+    podman.add_argument("--and-podman", action="store_true", help="podman, where it is there, has the images, too")
+    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
+    options = parser.parse_args()
     for signum in SIGNALS:
         signal.signal(signum, interrupt)
     try:
-        with running_engine():
-            return run(sys.argv[3:])
+        with running_engine(options.or_podman, options.and_podman):
+            return run(options.command)
     except SetupError as error:
         print(error, file=sys.stderr)
         return 1

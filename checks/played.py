@@ -425,7 +425,7 @@ class Engine:
         return Answer(0)
 
     async def _rm(self, words: list[str], _output: object) -> Answer:
-        force, errors = "--force" in words, []
+        force, errors, gone = "--force" in words, [], []
         for name in [word for word in words if word[0] != "-"]:
             container = self.containers.get(name)
             if container is None:
@@ -437,7 +437,8 @@ class Engine:
             else:
                 self.end(container, 137)
                 del self.containers[name]
-        return Answer(1 if errors else 0, "", "\n".join(errors))
+                gone.append(name)
+        return Answer(1 if errors else 0, "\n".join(gone), "\n".join(errors))
 
     async def _stop(self, words: list[str], _output: object) -> Answer:
         container = self.containers.get(words[-1])

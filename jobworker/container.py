@@ -255,11 +255,16 @@ class Engine:
             code, out, err = await self._command(words, deadline=ANSWER_SECONDS)
         except (NotStarted, PastDeadline) as error:
             return dict.fromkeys(containers, str(error))
-        if code == 0:
-            return {}
         gone = set(out.split())
-        complaint = err.strip() or f"exit code {code}"
-        return {each: complaint for each in containers if each not in gone and not is_absent(each, err)}
+        left = [each for each in containers if each not in gone and not is_absent(each, err)]
+        if code != 0:
+            return dict.fromkeys(left, err.strip() or f"exit code {code}")
+        if len(containers) == 1:
+            return {}
+        failed: dict[str, str] = {}
+        for each in left:  # podman removes none, and says nothing, where one of several does not exist
+            failed |= await self.remove([each], force)
+        return failed
 
     async def remove_if_never_started(self, container: str) -> bool:
         """Remove a container that was only created; False where it has started, as one whose start was under way."""

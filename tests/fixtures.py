@@ -11,16 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.stage import (
-    JOBS,
-    Docker,
-    Server,
-    Stage,
-    Worker,
-    docker_ps,
-    play,
-    until,
-)
+from tests import engines
+from tests.engines import Engine
+from tests.stage import JOBS, Docker, Server, Stage, Worker, play, until
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,11 +54,21 @@ def busy_stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Serve
         yield server, stage.docker
 
 
+@pytest.fixture(scope="session", params=engines.NAMES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Docker and podman, one after the other."""
+    return engines.engine(request.param)
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with engines.registry(tmp_path_factory.mktemp("registry")) as address:
+        yield address
+
+
 @pytest.fixture(scope="class")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Worker]]:
-    """A server and a worker on the engine that DOCKER_HOST names, with images hello-world and busybox."""
-    if "DOCKER_HOST" not in os.environ:
-        pytest.skip("DOCKER_HOST names no engine")
+def real(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[tuple[Server, Worker]]:
+    """A server and a worker on a real engine."""
     with contextlib.closing(Stage(tmp_path_factory.mktemp("real"))) as stage:
         jobs = (
             JOBS
@@ -77,6 +80,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Wor
 """
         )
         server = stage.server(jobs=jobs)
-        worker = stage.worker(server, "--slots", "2", name=f"test-{os.getpid()}", PATH=os.environ["PATH"])
+        options = "--slots=2", f"--docker={engine.name}"
+        worker = stage.worker(server, *options, name=f"test-{os.getpid()}", PATH=os.environ["PATH"])
         yield server, worker
-        until(lambda: not docker_ps(server))
+        until(lambda: not engine.containers(server))

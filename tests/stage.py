@@ -350,21 +350,3 @@ def all_ended(server: Server, seconds: float = 60) -> list[Any]:
 
 def bearer(token: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {token}"}
-
-
-def docker_ps(server: Server, job: int | None = None) -> list[str]:
-    """The names of the containers that this server's jobs, or one of them, have on the real engine."""
-    worker = server.get("/api/workers?full=1")[0]["name"]
-    label = [f"label=jobworker.worker={worker}"] + ([f"label=jobworker.job={job}"] if job else [])
-    filters = [word for one in label for word in ("--filter", one)]
-    listed = subprocess.run(
-        ["docker", "ps", "-a", *filters, "--format", "{{.Names}}"], check=True, capture_output=True, text=True
-    )
-    return listed.stdout.split()
-
-
-def is_docker_run(command_line: Path, name: str) -> bool:
-    with contextlib.suppress(OSError):
-        words = command_line.read_bytes().split(b"\0")
-        return b"run" in words[:3] and f"--name={name}".encode() in words and b"docker" in words[0]
-    return False
