@@ -70,6 +70,7 @@ class Program:
         with self.file.open("ab") as stderr:
             self.process = subprocess.Popen(
                 self.command,
+                cwd=self.file.parent,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=stderr,

@@ -30,7 +30,7 @@ class TestDeployment:
 
     def unit(self, name: str) -> list[tuple[str, str]]:
         text = re.sub(r"^#.*\n", "", (DEPLOY / name).read_text(), flags=re.MULTILINE).replace("\\\n", "")
-        return [(key, value) for key, _, value in (line.partition("=") for line in text.splitlines()) if value]
+        return [(key, value) for key, sign, value in (line.partition("=") for line in text.splitlines()) if sign]
 
     def options(self, program: str) -> set[str]:
         text = subprocess.run(
@@ -117,3 +117,13 @@ class TestDeployment:
         unit = dict(self.unit("jobworker-worker@.service"))
         assert (unit["KillMode"], unit["TimeoutStopSec"]) == ("mixed", "2min")
         assert "stop_grace_period" in self.compose()["services"]["worker"]
+
+    def test_with_podman_a_unit_takes_nothing_away_and_leaves_containers_their_watchers(self) -> None:
+        unit = [key for key, _ in self.unit("jobworker-worker@.service")]
+        hardening = {*unit[unit.index("DynamicUser") : unit.index("WantedBy")]}
+        given = dict(self.unit("podman.conf"))
+        assert hardening <= given.keys()
+        assert {given[key] for key in hardening} <= {"no", "", "~", "0022"}
+        assert given["UnsetEnvironment"] == "INVOCATION_ID"
+        assert given["Environment"] == "JOBWORKER_DOCKER=podman"
+        assert "JOBWORKER_DOCKER" in self.settings("client.py")
