@@ -12,6 +12,7 @@ plan, though not the same microseconds. Exit 1 and the folder of logs are what a
     python checks/chaos.py                       ten seeds, at least 20 kills and 10 limps each, with real containers
     python checks/chaos.py --seed 7 --seeds 1    that one storm again
     python checks/chaos.py --docker stand-in     no engine needed: "containers" are plain processes, many more a second
+    python checks/chaos.py --docker podman       with podman's containers
     python checks/chaos.py --short               half a minute, for `make test`
 """
 
@@ -525,6 +526,13 @@ class Kills:
             self.world.evidence.disturbed[role.name].append((begin, time.time() + 0.7))
 
 
+DOCKERS_EVENT = "{{.TimeNano}} {{.Action}} {{.Actor.Attributes.name}} {{.Actor.Attributes.exitCode}}", "die"
+PODMANS_EVENT = (
+    '{{.Time.UnixNano}} {{if eq (print .Status) "died"}}die{{else}}start{{end}} {{.Name}} {{.ContainerExitCode}}',
+    "died",
+)
+
+
 class EventReader:
     """Writes what the engine tells of our containers, and what it missed to tell when it was stopped."""
 
@@ -533,9 +541,9 @@ class EventReader:
         self.listen()
 
     def listen(self, *since: str) -> None:
-        form = "{{.TimeNano}} {{.Action}} {{.Actor.Attributes.name}} {{.Actor.Attributes.exitCode}}"
+        form, end = DOCKERS_EVENT if Path(self.docker).name != "podman" else PODMANS_EVENT
         words = [self.docker, "events", "--format", form, "--filter", self.filter, *since]
-        words += ["--filter", "event=start", "--filter", "event=die"]
+        words += ["--filter", "event=start", "--filter", f"event={end}"]
         with self.events.open("ab") as events:
             self.process = subprocess.Popen(words, stdout=events, stderr=subprocess.DEVNULL)
 
