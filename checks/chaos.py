@@ -380,7 +380,8 @@ class World:
         for line in (self.folder / "ledger").read_text().splitlines():
             if int(line.split()[0]) in evidence.jobs:
                 evidence.notes[(int(line.split()[0]), int(line.split()[1]))] += 1
-        lines = [line.split() for line in (self.folder / "events").read_text().splitlines()]
+        told = dict.fromkeys((self.folder / "events").read_text().splitlines())  # podman tells some events twice
+        lines = [line.split() for line in told]
         for moment, action, name, *code in sorted(lines, key=lambda line: line[1].startswith("found")):
             key = (int(name.split("-")[-2]), int(name.split("-")[-1]))
             at = int(moment) / 1e9
