@@ -299,7 +299,7 @@ class World:
             await asyncio.sleep(0.2)
             now = time.time()
             for worker in await self.caller.get("/api/workers?full=1"):
-                evidence.seen[worker["name"]].append(now)
+                evidence.seen[worker["name"]].append((now, time.time()))
             if now - looked > 1:
                 looked = now
                 for job in await self.caller.get("/api/jobs?full=1&state=success,failure,cancelled"):

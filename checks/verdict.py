@@ -61,9 +61,9 @@ class Evidence:
     accepted: dict[int, str] = field(default_factory=dict)  # job id -> kind
     posts: int = 0
     cancels: dict[int, float] = field(default_factory=dict)  # job id -> when DELETE was answered with 200
-    seen: dict[str, list[float]] = field(
+    seen: dict[str, list[tuple[float, float]]] = field(
         default_factory=lambda: defaultdict(list)
-    )  # worker -> when the server listed it
+    )  # worker -> when the server, asked and answering, listed it
     disturbed: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
     kills: Counter[str] = field(default_factory=Counter)
     finals: dict[int, Job] = field(default_factory=dict)
@@ -195,7 +195,7 @@ def lost_after_the_grace(it: Evidence) -> Iterator[Finding]:
         if attempt["reason"] != "lost" or key not in it.starts or fenced(it, key):
             continue
         end, name = seconds(attempt["finished_at"]), attempt["worker"]
-        seen = max((moment for moment in it.seen[name] if moment < end - 0.1), default=0)
+        seen = max((asked for asked, answered in it.seen[name] if answered < end - 0.1), default=0)
         since = max(seen, *(start for start in it.process_starts["server"] if start < end))
         yield end - since > GRACE_SECONDS - 0.4, f"lost {end - since:.2f} s after it was there: {story(it, key)}"
         disturbed = [*it.disturbed[name], *it.disturbed["server"], *blind(it, name)]
