@@ -10,13 +10,13 @@ import contextvars
 import hashlib
 import json
 import random
-import selectors
+import shutil
 import sqlite3
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from virtual import Broken, Life, VirtualLoop
 from websockets.exceptions import ConnectionClosed, ConnectionClosedError, ConnectionClosedOK
 from websockets.frames import Close
 
@@ -39,7 +40,9 @@ EPOCH = 1_790_000_000.0
 GRACE_SECONDS = 8.0
 OPTIONS = argparse.Namespace(grace=GRACE_SECONDS, keep=0)
 PING_SECONDS = 29.0  # until a silent link is noticed
-RAM = Path("/dev/shm")
+RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
+IN_FILE = 25
+STATE_OF = "SELECT state FROM job WHERE id = ?"
 FINAL = {"success", "failure", "cancelled"}
 LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
 
@@ -56,68 +59,6 @@ JOBS = {
 }
 
 
-class Broken(Exception):
-    """A promise was broken."""
-
-
-class _Timeless(selectors.SelectSelector):
-    """A selector that waits for nothing: time goes on at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        if timeout is None:
-            raise Broken("nothing is left to happen, and not all is done")
-        self.now += max(timeout, 0)
-        return []
-
-
-LIFE: contextvars.ContextVar["Life | None"] = contextvars.ContextVar("life", default=None)
-
-
-class Life:
-    """A process: the tasks that it has started, which `kill -9` ends. What a dead one still does reaches nothing."""
-
-    def __init__(self) -> None:
-        self.dead = False
-        self.tasks: dict[asyncio.Task[Any], None] = {}
-
-    def start(self, work: Coroutine[Any, Any, Any]) -> None:
-        context = contextvars.Context()
-        context.run(LIFE.set, self)
-        asyncio.get_running_loop().create_task(work, context=context)
-
-    def kill(self) -> None:
-        self.dead = True
-        for task in list(self.tasks):
-            task.cancel()
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """An event loop whose clock jumps to the next timer, and which knows whose each task is."""
-
-    def __init__(self) -> None:
-        self.timeless = _Timeless()
-        super().__init__(self.timeless)
-        self.set_task_factory(self._make_task)
-
-    def _make_task(self, _loop: object, work: Any, context: contextvars.Context | None = None) -> Any:
-        task = asyncio.Task(work, loop=self, context=context)
-        life = (context or contextvars.copy_context()).get(LIFE)
-        if life:
-            life.tasks[task] = None
-            task.add_done_callback(lambda task: life.tasks.pop(task, None))
-        return task
-
-    def time(self) -> float:
-        return self.timeless.now
-
-    def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-        return self.call_soon(callback, *args, context=context)
-
-
 # Links
 
 
@@ -130,8 +71,8 @@ class End:
         self.link = link
         self.subprotocol = protocol.VERSION_2 if link.version == 2 else None
         self.peer: End
-        self.inbox: list[bytes] = []
-        self.news = asyncio.Event()
+        self.inbox: deque[bytes] = deque()
+        self.reader: asyncio.Future[None] | None = None
         self.end: ConnectionClosed | None = None
         self.arrives = 0.0
         self.response = SimpleNamespace(headers={protocol.SERVER_HEADER: link.server_id, protocol.READINGS_HEADER: "1"})
@@ -158,25 +99,33 @@ class End:
     def receive(self, data: bytes) -> None:
         if self.end is None and not self.link.silent:
             self.inbox.append(data)
-            self.news.set()
+            self.wake()
 
     def shut(self, end: ConnectionClosed) -> None:
         if self.end is None:
             self.end = end
-            self.news.set()
+            self.wake()
+
+    def wake(self) -> None:
+        if self.reader and not self.reader.done():
+            self.reader.set_result(None)
 
     async def recv(self) -> bytes:
         while not self.inbox:
             if self.end:
                 raise self.end
-            self.news.clear()
-            await self.news.wait()
-        return self.inbox.pop(0)
+            self.reader = self.link.world.loop.create_future()
+            await self.reader
+        return self.inbox.popleft()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        with contextlib.suppress(ConnectionClosedOK):
-            while True:
-                yield await self.recv()
+    def __aiter__(self) -> "End":
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            return await self.recv()
+        except ConnectionClosedOK:
+            raise StopAsyncIteration from None
 
     async def close(self, code: int = 1000, reason: str = "") -> None:
         frame = Close(int(code), reason)
@@ -482,8 +431,9 @@ class PlayedStore(Store):
 
     def __init__(self, world: "World", deliver: Callable[[Any], object]) -> None:
         self.world, self.dead, self.scheduled = world, False, False
-        super().__init__(str(world.folder / "jobs.db"), deliver, world.chance)
-        self.execute, self._database.execute = self._database.execute, self.execute_or_fail  # type: ignore[method-assign]
+        with world.disk_in_place():
+            super().__init__(world.path, deliver, world.chance)
+        self.commit, self._database.commit = self._database.commit, self.commit_or_fail  # type: ignore[method-assign]
 
     def do(self, function: Callable[..., Any], *args: Any) -> Any:
         future = super().do(function, *args)
@@ -497,7 +447,7 @@ class PlayedStore(Store):
     def schedule(self) -> None:
         if not self.scheduled and not self.dead:
             self.scheduled = True
-            self.world.loop.call_later(self.world.delay(0.01), self.commit_what_waits)
+            self.world.loop.call_later(self.world.delay(0.05), self.commit_what_waits)
 
     def commit_what_waits(self) -> None:
         self.scheduled = False
@@ -505,16 +455,15 @@ class PlayedStore(Store):
             self.commit_waiting()
             self.world.note_states(self)
 
-    def execute_or_fail(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        if sql == "COMMIT" and self._database.notes.moved:
+    def commit_or_fail(self) -> state.Notes:
+        if self.world.disk and self._database.notes.moved:
             disk, self.world.disk = self.world.disk, "full" if self.world.disk == "full" else None
             if disk == "full":
                 raise self.failure("database or disk is full", sqlite3.SQLITE_FULL)
-            if disk in ("lost", "kept"):
-                if disk == "kept":
-                    self.execute(sql)
-                raise self.failure("disk I/O error", sqlite3.SQLITE_IOERR_FSYNC)
-        return self.execute(sql, parameters)
+            if disk == "kept":
+                self._database.execute("COMMIT")
+            raise self.failure("disk I/O error", sqlite3.SQLITE_IOERR_FSYNC)
+        return self.commit()
 
     def failure(self, text: str, code: int) -> sqlite3.OperationalError:
         self.world.count(f"disk: {text}")
@@ -523,8 +472,11 @@ class PlayedStore(Store):
         return error
 
     def kill(self) -> None:
+        """What was committed stays, and nothing else."""
         self.dead = True
-        self._database.connection.close()
+        self._database.rollback()
+        if self.world.memory is None:
+            self._database.connection.close()
 
 
 def put(socket: Any, frame: bytes) -> None:
@@ -537,9 +489,8 @@ class PlayedServer:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.store = PlayedStore(world, self.deliver)
-        configs = Configs(world.jobs.values(), world.chance)
         outside = server.Outside(world.wall, world.loop.time, world.chance, put)
-        self.core = server.Core(self.store, configs, OPTIONS, outside)
+        self.core = server.Core(self.store, world.configs(), OPTIONS, outside)
         self.links: list[Link] = []
         self.ready = False
         self.life = Life()
@@ -660,37 +611,80 @@ class OriginalHost(Host):
 # The world
 
 
+CHANCE = random.Random()
+# Made once, as they are much work beside a history: what jobs.yaml holds, and the database of this process.
+CONFIGS = Configs(JOBS.values(), CHANCE)
+CONFIGS_WITHOUT = Configs([job for job in JOBS.values() if job.name != "leaves"], CHANCE)
+MEMORY = Store(":memory:")._database.connection
+TABLES = [row[0] for row in MEMORY.execute("SELECT name FROM sqlite_schema WHERE type = 'table'")]
+
+
+def empty_database() -> sqlite3.Connection:
+    """Give the database of this process, as if it were new; its id comes from chance, as that of one in a file."""
+    for table in TABLES:
+        MEMORY.execute(f"DELETE FROM {table}")
+    MEMORY.execute("INSERT INTO server (id) VALUES (?)", (f"{CHANCE.getrandbits(32):08x}",))
+    return MEMORY
+
+
 class World:
     """What all parts of a history share: its clock, its chance, its ledgers."""
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         self.seed, self.verbose = seed, verbose
-        self.chance = random.Random(seed)
+        self.chance = CHANCE
+        self.chance.seed(seed)
         self.loop = VirtualLoop()
-        self.folder = Path(tempfile.mkdtemp(prefix="simulate-", dir=RAM if RAM.is_dir() else None))
+        self.memory = None if seed % IN_FILE == 0 else empty_database()
+        self.path = ":memory:" if self.memory else str(Path(tempfile.mkdtemp(prefix="simulate-", dir=RAM)) / "jobs.db")
         self.counts: Counter[str] = Counter()
         self.digest = hashlib.sha256()
         self.offset = 0.0
         self.disk: str | None = None
         self.jobs = dict(JOBS)
+        self.mended_at = 0.0  # when the last of what mends by itself will have done so
         self.server: PlayedServer | None = None
         self.hosts: list[Host] = []
         self.starts: list[Start] = []
         self.accepted: dict[int, str] = {}
         self.states: dict[int, str] = {}
-        self.tasks: set[asyncio.Task[Any]] = set()
+
+    @contextlib.contextmanager
+    def disk_in_place(self) -> Iterator[None]:
+        """Have a server open its database: in memory, that is what the server before it has committed there."""
+        connect = sqlite3.connect
+        if self.memory:
+            sqlite3.connect = lambda *_args, **_options: self.memory  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            sqlite3.connect = connect
+
+    def close_disk(self) -> None:
+        if not self.memory:
+            shutil.rmtree(Path(self.path).parent)
+
+    def configs(self) -> Configs:
+        """Give what jobs.yaml holds now."""
+        return CONFIGS if "leaves" in self.jobs else CONFIGS_WITHOUT
 
     def now(self) -> float:
-        return self.loop.time()
+        return self.loop.now
 
     def wall(self) -> float:
-        return EPOCH + self.now() + self.offset
+        return EPOCH + self.loop.now + self.offset
 
     def moment(self, when: float) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(EPOCH + when + self.offset))
 
     def delay(self, most: float) -> float:
         return most * self.chance.random() ** 2
+
+    def mend_within(self, most: float, mend: Callable[..., object], *args: Any) -> None:
+        """Have a trouble mended by itself, some time from now."""
+        when = self.now() + self.delay(most)
+        self.mended_at = max(self.mended_at, when)
+        self.loop.call_at(when, mend, *args)
 
     def count(self, what: str) -> None:
         self.counts[what] += 1
@@ -703,21 +697,19 @@ class World:
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Have something happen that belongs to no process."""
-        task = self.loop.create_task(work, context=contextvars.Context())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
-        return task
+        return self.loop.create_task(work, context=contextvars.Context())
 
     def note_states(self, store: Store) -> None:
         """Count the transitions that a commit has made."""
         for job in sorted(store._database.notes.jobs):
-            row = store._database.one(state.GET_STATE, job)
-            if row and self.states.get(job) != row["state"]:
-                self.count(f"{self.states.get(job, 'new')} to {row['state']}")
-                self.tell(f"job {job}: {row['state']}")
-                if self.states.get(job) in FINAL:
-                    raise Broken(f"job {job} was {self.states[job]} and is {row['state']}")
-                self.states[job] = row["state"]
+            row, before = store._database.one(STATE_OF, job), self.states.get(job, "new")
+            if row and row["state"] != before:  # there is none where the commit failed
+                now = row["state"]
+                self.count(f"{before} to {now}")
+                self.tell(f"job {job}: {now}")
+                if before in FINAL:
+                    raise Broken(f"job {job} was {before} and is {now}")
+                self.states[job] = now
 
     def plan(self) -> dict[str, Any]:
         seconds = self.chance.choice((0, 0.2, 1, 3, 8))

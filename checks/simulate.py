@@ -16,6 +16,7 @@ Exit 1 where a promise was broken: the seed is printed.
 import argparse
 import asyncio
 import contextlib
+import functools
 import gc
 import hashlib
 import itertools
@@ -23,27 +24,28 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import sqlite3
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from played import FINAL, JOBS, Broken, Host, OriginalHost, World
+from played import FINAL, JOBS, Host, OriginalHost, World
+from virtual import Broken, raised, unseen
 
 import client
 import server
-from jobworker import lists, logs, state
-from jobworker.config import Configs
+from jobworker import logs, state
 from jobworker.due import SCHEDULES
 from jobworker.store import StoreError
 
 STORM_SECONDS = 40.0
 CALM_SECONDS = 400.0
 FAULTS = 60
+PROGRESS = 1_000  # histories
 
 
 class History(World):
@@ -51,8 +53,9 @@ class History(World):
 
     # What may happen
 
-    def faults(self) -> list[Callable[[], None]]:
-        return [
+    def __init__(self, seed: int, verbose: bool = False) -> None:
+        super().__init__(seed, verbose)
+        self.faults: list[Callable[[], None]] = [
             self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
             self.go_off_line,
@@ -63,7 +66,7 @@ class History(World):
     def post(self, count: int = 1) -> None:
         names = [self.chance.choice(sorted(self.jobs)) for _ in range(count)]
         jobs = [state.NewJob(name, self.variables(name), 0, self.chance.choice((0, 0, 3))) for name in names]
-        self.spawn(self.ask(self.note_accepted, state.add, jobs))
+        self.ask(self.note_accepted, state.add, jobs)
 
     def variables(self, name: str) -> dict[str, str] | None:
         return {"PLAN": json.dumps(self.plan())} if JOBS[name].parameters else None
@@ -71,17 +74,24 @@ class History(World):
     def post_list(self) -> None:
         self.post(self.chance.randint(2, 6))
 
-    async def ask(self, then: Callable[[Any], None], function: Callable[..., Any], *args: Any) -> None:
+    def ask(self, then: Callable[[Any], None], function: Callable[..., Any], *args: Any) -> None:
         """Ask the server as an HTTP thread does; an answer that comes after its death was never given."""
         serving = self.server
         if serving is None or not serving.ready:
             return
-        with contextlib.suppress(StoreError):
-            if function is not state.get:
-                args = (*args, serving.core.clock())
-            answer = await asyncio.wrap_future(serving.store.do(function, *args))
-            if serving is self.server and not isinstance(answer, state.Refusal):
-                then(answer)
+
+        def answered(future: Future[Any]) -> None:
+            self.loop.call_later(self.delay(0.02), give, future)
+
+        def give(future: Future[Any]) -> None:
+            with contextlib.suppress(StoreError):
+                answer = future.result()
+                if serving is self.server and not isinstance(answer, state.Refusal):
+                    then(answer)
+
+        if function is not state.get:
+            args = (*args, serving.core.clock())
+        serving.store.do(function, *args).add_done_callback(answered)
 
     def note_accepted(self, ids: list[int]) -> None:
         for job in ids:
@@ -93,21 +103,21 @@ class History(World):
 
     def cancel(self) -> None:
         job = self.some_job()
-        self.spawn(self.ask(lambda _row: self.tell(f"job {job} is to be cancelled"), state.cancel, job))
+        self.ask(lambda _row: self.tell(f"job {job} is to be cancelled"), state.cancel, job)
 
     def retry(self) -> None:
         def again(row: sqlite3.Row) -> None:
             if row["state"] in FINAL and row["name"] in self.jobs:
                 job = state.NewJob(row["name"], json.loads(row["environment"] or "null"))
-                self.spawn(self.ask(self.note_accepted, state.add, [job]))
+                self.ask(self.note_accepted, state.add, [job])
 
-        self.spawn(self.ask(again, state.get, self.some_job()))
+        self.ask(again, state.get, self.some_job())
 
     def reload(self) -> None:
         if self.jobs.pop("leaves", None) is None:
             self.jobs["leaves"] = JOBS["leaves"]
         if self.server:
-            configs = Configs(self.jobs.values(), self.chance)
+            configs = self.configs()
             self.server.core.dispatcher.reload(configs, server.config_frames(configs))
             self.server.core.end_gone()
 
@@ -115,12 +125,12 @@ class History(World):
         if self.server:
             self.server.kill()
             self.server = None
-            self.loop.call_later(self.delay(12), self.restart_server)
+            self.mend_within(12, self.restart_server)
 
     def kill_worker(self) -> None:
         host = self.chance.choice(self.hosts)
         host.kill()
-        self.loop.call_later(self.delay(14), host.start)
+        self.mend_within(14, host.start)
 
     def cut(self) -> None:
         self.cut_off(self.chance.choice(self.hosts))
@@ -134,7 +144,7 @@ class History(World):
         host = self.chance.choice(self.hosts)
         host.off_line = True
         self.cut_off(host)
-        self.loop.call_later(self.delay(16), setattr, host, "off_line", False)
+        self.mend_within(16, setattr, host, "off_line", False)
 
     def cut_off(self, host: Host) -> None:
         if host.link:
@@ -143,13 +153,13 @@ class History(World):
     def engine_trouble(self) -> None:
         engine = self.chance.choice(self.hosts).engine
         engine.trouble = self.chance.choice(("refuses", "hangs", "does not start", "killed"))
-        self.loop.call_later(self.delay(20), engine.mend)
+        self.mend_within(20, engine.mend)
 
     def engine_restart(self) -> None:
         engine = self.chance.choice(self.hosts).engine
         engine.trouble = "refuses"
         engine.restart(kills=self.chance.random() < 0.5)
-        self.loop.call_later(self.delay(40), engine.mend)
+        self.mend_within(40, engine.mend)
 
     def kill_clients(self) -> None:
         for task in list(self.chance.choice(self.hosts).engine.clients):
@@ -159,7 +169,7 @@ class History(World):
         engine = self.chance.choice(self.hosts).engine
         stuck = set(list(engine.containers)[:1])
         engine.busy |= stuck
-        self.loop.call_later(self.delay(30), engine.busy.difference_update, stuck)
+        self.mend_within(30, engine.busy.difference_update, stuck)
 
     def prune_images(self) -> None:
         self.chance.choice(self.hosts).engine.images.clear()
@@ -167,7 +177,7 @@ class History(World):
     def disk_trouble(self) -> None:
         self.disk = self.chance.choice(("full", "lost", "kept"))
         if self.disk == "full":
-            self.loop.call_later(self.delay(10), setattr, self, "disk", None)
+            self.mend_within(10, setattr, self, "disk", None)
 
     def set_clock(self) -> None:
         self.offset += self.chance.choice((-3600, -5, 5, 3600, 40 * 86400))
@@ -179,17 +189,20 @@ class History(World):
         self.hosts = [Host(self, 0), Host(self, 1), OriginalHost(self, 2)]
         for host in self.hosts:
             host.start()
-        for at in sorted(self.chance.uniform(0, STORM_SECONDS) for _ in range(FAULTS)):
-            await asyncio.sleep(max(at - self.now(), 0))
-            fault = self.chance.choice(self.faults())
-            self.count(fault.__name__)
-            self.tell(fault.__name__)
-            fault()
+        for _ in range(FAULTS):
+            self.loop.call_at(self.chance.uniform(0, STORM_SECONDS), self.go_wrong)
+        await asyncio.sleep(STORM_SECONDS)
         await self.calm()
+
+    def go_wrong(self) -> None:
+        fault = self.chance.choice(self.faults)
+        self.count(fault.__name__)
+        self.tell(fault.__name__)
+        fault()
 
     async def calm(self) -> None:
         """Mend all, and wait until all that was accepted has ended and nothing is left behind."""
-        await asyncio.sleep(45)  # until all that mends by itself has done so
+        await asyncio.sleep(max(self.mended_at - self.now(), 0) + 3 * server.TICK_SECONDS)
         self.disk = None
         if self.server is None:
             self.restart_server()
@@ -209,7 +222,7 @@ class History(World):
     def rows(self) -> dict[int, sqlite3.Row]:
         assert self.server
         database = self.server.store._database
-        return {row["id"]: row for row in lists.page(database, lists.Wanted(), 10**6)}
+        return {row["id"]: row for row in database.execute(f"SELECT {state.JOB_WITH_WORKER}").fetchall()}
 
     def what_is_left(self) -> str:
         if self.server is None or not self.server.ready:
@@ -312,12 +325,12 @@ class History(World):
             self.server.kill()
         for host in self.hosts:
             host.kill()
-        for task in asyncio.all_tasks(self.loop):
+        for task in self.loop.tasks:
             task.cancel()
         self.loop.call_later(0, self.loop.stop)
         self.loop.run_forever()
         self.loop.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close_disk()
 
 
 @dataclass
@@ -333,8 +346,11 @@ def play(seed: int, verbose: bool = False) -> Outcome:
     world = History(seed, verbose)
     asyncio.set_event_loop(world.loop)
     broken = ""
+    raised.clear()
     try:
         world.loop.run_until_complete(world.play())
+        for error in (*raised, *unseen(world.loop.tasks)):
+            raise error
     except Broken as error:
         broken = str(error)
     except Exception as error:
@@ -346,11 +362,25 @@ def play(seed: int, verbose: bool = False) -> Outcome:
     return Outcome(seed, broken, world.digest.hexdigest()[:16], world.counts)
 
 
-def set_up() -> None:
+class Alarm(logging.Handler):
+    """Keeps the exceptions that the product logs: they are its own errors."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and record.exc_info[1]:
+            raised.append(record.exc_info[1])
+
+
+def set_up(verbose: bool = False) -> None:
     """In each process: fewer beats a virtual second, and no log but with -v."""
     server.TICK_SECONDS = 2.5
+    server.config_frames = functools.cache(server.config_frames)
     client.LOG_FLUSH_SECONDS = 2.0  # type: ignore[attr-defined]
-    logging.disable(logging.CRITICAL)
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="         %(message)s")
+    else:
+        logging.disable(logging.WARNING)
+    logging.getLogger().addHandler(Alarm())
+    gc.set_threshold(100_000)
     gc.freeze()  # what is there from the start is not looked through again
 
 
@@ -370,18 +400,19 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=0, help="all cores")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell one history step by step")
     options = parser.parse_args()
-    set_up()
-    if options.verbose:
-        logging.disable(logging.NOTSET)
-        logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="         %(message)s")
+    set_up(options.verbose)
     counts: Counter[str] = Counter()
     broken, begin, digest = [], time.monotonic(), hashlib.sha256()
-    for outcome in outcomes(options):
+    for played, outcome in enumerate(outcomes(options), 1):
         counts.update(outcome.counts)
         digest.update(outcome.digest.encode())
         if outcome.broken:
             broken.append(outcome)
             print(f"seed {outcome.seed}: {outcome.broken[:400]}", flush=True)
+        if played % PROGRESS == 0 and played < options.histories:
+            pace = played / (time.monotonic() - begin)
+            kept = f"{played - len(broken):,} of {played:,} histories up to seed {outcome.seed} kept every promise"
+            print(f"{kept}; {pace:.1f} a second", file=sys.stderr, flush=True)
     for what, count in sorted(counts.items()):
         print(f"{count:9,}  {what}")
     seconds = time.monotonic() - begin
