@@ -43,6 +43,22 @@ class Mutant:
 
 # What the simulation finds, too: of the store, the dispatcher, sessions and attempts.
 SIMULATED = {
+    "what follows a success",
+    "overlap",
+    "a due time is dealt with once",
+    "an old cursor",
+    "a clock set far back",
+    "the newest stays",
+    "priority",
+    "a log has a limit",
+    "retries' backoff",
+    "concurrency",
+    "the offer of who went",
+    "tags",
+    "grace after a start",
+    "a key belongs to a body",
+    "the floor of the backoff",
+    "allowed images",
     "group commit: results before their commit",
     "guard on the attempt",
     "guard on the worker",
@@ -393,7 +409,7 @@ def run_tests(folder: Path, tests: str) -> tuple[int | None, str]:
     chosen = f"({tests}) and not RealEngine"
     words = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", chosen, *TESTS]
     if tests == SIMULATION:
-        words = [sys.executable, "checks/simulate.py", "--histories", str(HISTORIES)]
+        words = [sys.executable, "checks/simulate.py", "--histories", str(HISTORIES), "--first"]
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     with subprocess.Popen(
         words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

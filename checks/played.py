@@ -34,15 +34,18 @@ import server
 from jobworker import state
 from jobworker.config import Configs, JobConfig, Parameter
 from jobworker.container import Answer, NotStarted, PastDeadline
+from jobworker.output import LOG_PIECE_BYTES
 from jobworker.store import Store
 
 EPOCH = 1_790_000_000.0
 GRACE_SECONDS = 8.0
-OPTIONS = argparse.Namespace(grace=GRACE_SECONDS, keep=0)
 PING_SECONDS = 29.0  # until a silent link is noticed
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
-IN_FILE = 25
-STATE_OF = "SELECT state FROM job WHERE id = ?"
+IN_FILE = 25  # a history in so many has its database in a file, as servers have it; the others have it in memory
+KEEP_SECONDS = 20.0  # how long ended jobs stay, in a history in so many; there nobody sets the clock, which ends that
+PRUNED = 5
+BACKOFF_SECONDS = 0.25  # between the connections of a worker
+LOUD = 300  # a container in so many writes more than is kept
 FINAL = {"success", "failure", "cancelled"}
 LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
 
@@ -55,6 +58,8 @@ JOBS = {
     "alone": JobConfig("alone", "busybox", "true", concurrency=1, retries=1, retry_delay=0.5, parameters=PLAN),
     "short": JobConfig("short", "busybox", "true", timeout=3.0, parameters=PLAN, stop_grace_period=1),
     "leaves": JobConfig("leaves", "busybox", "true", parameters=PLAN),
+    "tagged": JobConfig("tagged", "busybox", "true", tags=("big",), parameters=PLAN),
+    "foreign": JobConfig("foreign", "alpine", "true", parameters=PLAN),
     "old": JobConfig("old", "busybox", "true"),  # which a worker of version 1 can take
 }
 
@@ -93,7 +98,7 @@ class End:
 
     def at_arrival(self, action: Callable[..., None], *args: Any) -> None:
         world = self.link.world
-        self.arrives = max(self.arrives, world.now() + world.delay(0.02))
+        self.arrives = max(self.arrives, world.now() + world.delay(self.link.latency))
         world.loop.call_at(self.arrives, action, *args)
 
     def receive(self, data: bytes) -> None:
@@ -140,6 +145,7 @@ class Link:
 
     def __init__(self, world: "World", server_id: str, version: int) -> None:
         self.world, self.server_id, self.version, self.silent = world, server_id, version, False
+        self.latency = 0.02
         self.near, self.far = End(self), End(self)
         self.near.peer, self.far.peer = self.far, self.near
 
@@ -188,6 +194,13 @@ class Start:
     ended: float | None = None
 
 
+def pass_on(container: Container, told: int, output: Callable[[bytes], None]) -> int:
+    """Give what a container has written since; as much at once as is read from a pipe."""
+    for at in range(told, len(container.output), LOG_PIECE_BYTES):
+        output(bytes(container.output[at : at + LOG_PIECE_BYTES]))
+    return len(container.output)
+
+
 REFUSALS = (
     "Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?",
     "permission denied while trying to connect to the Docker daemon socket",
@@ -200,8 +213,8 @@ REFUSALS = (
 class Engine:
     """An engine with its command, as far as jobworker/container.py speaks with it."""
 
-    def __init__(self, world: "World", host: str) -> None:
-        self.world, self.host = world, host
+    def __init__(self, world: "World", host: str, tags: list[str], allowed: list[str]) -> None:
+        self.world, self.host, self.tags, self.allowed = world, host, tags, allowed
         self.containers: dict[str, Container] = {}
         self.images = {"busybox"}
         self.trouble: str | None = None
@@ -267,6 +280,9 @@ class Engine:
         return Answer(-9) if attached.cancelled() else attached.result()
 
     async def _run_client(self, container: Container, image: str, output: Callable[[bytes], None]) -> Answer:
+        name = container.labels["jobworker.name"]
+        if not set(JOBS[name].tags) <= set(self.tags) or image not in (self.allowed or [image]):
+            raise Broken(f"{self.host} runs {name} in {image}")
         if container.name in self.containers:
             output(b"Conflict. The container name is already in use.\n")
             return Answer(125)
@@ -281,9 +297,7 @@ class Engine:
         told = 0
         while container.state == "running" or told < len(container.output):
             changed = container.changed
-            if told < len(container.output):
-                output(bytes(container.output[told:]))
-                told = len(container.output)
+            told = pass_on(container, told, output)
             if container.state == "running":
                 await changed.wait()
         return Answer(container.code)
@@ -302,7 +316,7 @@ class Engine:
             await asyncio.sleep(plan.get("seconds", 0) / lines)
             if container.state != "running":
                 break
-            container.output += f"{container.name} line {number}\n".encode()
+            container.output += f"{container.name} line {number}".encode().ljust(plan.get("width", 0), b".") + b"\n"
             container.change()
         else:
             await asyncio.sleep(0 if lines else plan.get("seconds", 0))
@@ -412,9 +426,7 @@ class Engine:
         told, trouble = 0, self.trouble
         while True:
             changed = container.changed
-            if told < len(container.output):
-                output(bytes(container.output[told:]))
-                told = len(container.output)
+            told = pass_on(container, told, output)
             if container.state != "running" and told == len(container.output):
                 return Answer(0)
             if self.trouble and self.trouble != trouble:
@@ -431,6 +443,7 @@ class PlayedStore(Store):
 
     def __init__(self, world: "World", deliver: Callable[[Any], object]) -> None:
         self.world, self.dead, self.scheduled = world, False, False
+        self.committed: list[state.Notes] = []  # and not looked at
         with world.disk_in_place():
             super().__init__(world.path, deliver, world.chance)
         self.commit, self._database.commit = self._database.commit, self.commit_or_fail  # type: ignore[method-assign]
@@ -453,7 +466,9 @@ class PlayedStore(Store):
         self.scheduled = False
         if not self.dead:
             self.commit_waiting()
-            self.world.note_states(self)
+            committed, self.committed = self.committed, []
+            if committed:
+                self.world.look(self._database, committed)
 
     def commit_or_fail(self) -> state.Notes:
         if self.world.disk and self._database.notes.moved:
@@ -462,10 +477,14 @@ class PlayedStore(Store):
                 raise self.failure("database or disk is full", sqlite3.SQLITE_FULL)
             if disk == "kept":
                 self._database.execute("COMMIT")
+                self.committed.append(self._database.notes)
             raise self.failure("disk I/O error", sqlite3.SQLITE_IOERR_FSYNC)
-        return self.commit()
+        notes = self.commit()
+        self.committed.append(notes)
+        return notes
 
     def failure(self, text: str, code: int) -> sqlite3.OperationalError:
+        self.world.disk_failed_at = self.world.now()
         self.world.count(f"disk: {text}")
         error = sqlite3.OperationalError(text)
         error.sqlite_errorcode = code
@@ -487,10 +506,11 @@ class PlayedServer:
     """A life of the server: from its start to its kill."""
 
     def __init__(self, world: "World") -> None:
-        self.world = world
+        self.world, self.began = world, world.now()
         self.store = PlayedStore(world, self.deliver)
         outside = server.Outside(world.wall, world.loop.time, world.chance, put)
-        self.core = server.Core(self.store, world.configs(), OPTIONS, outside)
+        options = argparse.Namespace(grace=GRACE_SECONDS, keep=world.keep)
+        self.core = server.Core(self.store, world.configs(), options, outside)
         self.links: list[Link] = []
         self.ready = False
         self.life = Life()
@@ -536,8 +556,10 @@ class Host:
 
     def __init__(self, world: "World", number: int) -> None:
         self.world, self.name, self.slots = world, f"host-{number}", 1 + number
-        self.engine = Engine(world, self.name)
+        self.tags, allowed = [["big"] if number == 1 else [], ["busybox"] if number == 0 else []]
+        self.engine = Engine(world, self.name, self.tags, allowed)
         self.off_line = False
+        self.left: tuple[Life | None, float] = None, 0.0  # its latest connection
         self.life: Life | None = None
         self.link: Link | None = None
 
@@ -555,7 +577,8 @@ class Host:
         async def end_orphans(labels: dict[str, str]) -> None:
             self.engine.end_orphans(labels)
 
-        options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=[], allow_image=[])
+        options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=self.tags)
+        options.allow_image = self.engine.allowed
         outside = client.World(self.dial, command, end_orphans, self.world.wall, self.world.chance)
         worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
         try:
@@ -565,16 +588,22 @@ class Host:
 
     @contextlib.asynccontextmanager
     async def dial(self) -> AsyncIterator[Any]:
-        await asyncio.sleep(self.world.delay(0.05))
-        serving = self.world.server
-        if self.off_line or serving is None or not serving.ready:
-            raise OSError("refused")
-        self.link = link = serving.accept(self.version)
+        life, left = self.left
+        if life is self.life and self.world.now() - left < BACKOFF_SECONDS:
+            raise Broken(f"{self.name} dials again after {self.world.now() - left:.3f} s")
         try:
-            yield link.near
+            await asyncio.sleep(self.world.delay(0.05))
+            serving = self.world.server
+            if self.off_line or serving is None or not serving.ready:
+                raise OSError("refused")
+            self.link = link = serving.accept(self.version)
+            try:
+                yield link.near
+            finally:
+                if not link.silent:
+                    await link.near.close()
         finally:
-            if not link.silent:
-                await link.near.close()
+            self.left = self.life, self.world.now()
 
     def kill(self) -> None:
         if self.link:
@@ -647,7 +676,9 @@ class World:
         self.hosts: list[Host] = []
         self.starts: list[Start] = []
         self.accepted: dict[int, str] = {}
-        self.states: dict[int, str] = {}
+        self.keep = KEEP_SECONDS if seed % PRUNED == 1 else 0.0
+        self.was_far = False  # its clock
+        self.disk_failed_at = -100.0
 
     @contextlib.contextmanager
     def disk_in_place(self) -> Iterator[None]:
@@ -699,21 +730,21 @@ class World:
         """Have something happen that belongs to no process."""
         return self.loop.create_task(work, context=contextvars.Context())
 
-    def note_states(self, store: Store) -> None:
-        """Count the transitions that a commit has made."""
-        for job in sorted(store._database.notes.jobs):
-            row, before = store._database.one(STATE_OF, job), self.states.get(job, "new")
-            if row and row["state"] != before:  # there is none where the commit failed
-                now = row["state"]
-                self.count(f"{before} to {now}")
-                self.tell(f"job {job}: {now}")
-                if before in FINAL:
-                    raise Broken(f"job {job} was {before} and is {now}")
-                self.states[job] = now
+    def database(self) -> state.Database:
+        assert self.server
+        return self.server.store._database
+
+    def rows(self) -> dict[int, sqlite3.Row]:
+        return {row["id"]: row for row in self.database().execute(f"SELECT {state.JOB_WITH_WORKER}").fetchall()}
+
+    def look(self, database: state.Database, committed: list[state.Notes]) -> None:
+        """Called after each commit, with what it has changed."""
+        raise NotImplementedError
 
     def plan(self) -> dict[str, Any]:
         seconds = self.chance.choice((0, 0.2, 1, 3, 8))
-        return {"seconds": seconds, "code": self.chance.choice((0, 0, 0, 3)), "lines": self.chance.choice((0, 1, 6))}
+        plan = {"seconds": seconds, "code": self.chance.choice((0, 0, 0, 3)), "lines": self.chance.choice((0, 1, 6))}
+        return plan | ({"lines": 6, "width": 250_000} if self.chance.random() < 1 / LOUD else {})
 
     def restart_server(self) -> None:
         if self.server:

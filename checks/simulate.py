@@ -1,8 +1,8 @@
 """Plays histories: the real store, dispatcher, sessions and attempts in one process, in a world that fails by a seed.
 
 The event loop's clock is virtual: it jumps to the next timer. What touches the world is played here: links that delay,
-cut and go silent; engines that refuse, hang, lose their command, restart, won't remove a container; a disk that is
-full, or whose fsync fails; clocks that are set; people who post, cancel and reload; `kill -9` of the server and of
+cut, go slow and silent; engines that refuse, hang, lose their command, restart, won't remove a container; a disk that
+is full, or whose fsync fails; clocks that are set; people who post, cancel and reload; `kill -9` of the server and of
 workers between any two steps. One seed is one history, which is replayed exactly. After the storm all is mended, and
 the promises are counted from the ledgers of the engines and of the people.
 
@@ -19,7 +19,6 @@ import contextlib
 import functools
 import gc
 import hashlib
-import itertools
 import json
 import logging
 import multiprocessing
@@ -27,24 +26,26 @@ import os
 import sqlite3
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 from played import FINAL, JOBS, Host, OriginalHost, World
+from promises import Promises
 from virtual import Broken, raised, unseen
 
 import client
 import server
-from jobworker import logs, state
-from jobworker.due import SCHEDULES
+from jobworker import state
 from jobworker.store import StoreError
 
 STORM_SECONDS = 40.0
 CALM_SECONDS = 400.0
 FAULTS = 60
+SLOW_SECONDS = 6.0
+FAR_SECONDS = 40 * 86400  # ahead: what a clock is set to by mistake, and set right again
 PROGRESS = 1_000  # histories
 
 
@@ -55,12 +56,16 @@ class History(World):
 
     def __init__(self, seed: int, verbose: bool = False) -> None:
         super().__init__(seed, verbose)
+        self.promises = Promises(self)
+        self.asked: defaultdict[str, set[str]] = defaultdict(set)  # by idempotency key: what it was asked with
+        self.answered: dict[str, tuple[str, list[int]]] = {}
         self.faults: list[Callable[[], None]] = [
             self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
-            self.go_off_line,
+            self.go_off_line, self.go_slow, self.go_slow,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
-            self.kill_clients, self.stick, self.prune_images, self.disk_trouble, self.set_clock,
+            self.kill_clients, self.stick, self.prune_images, self.disk_trouble,
+            *[self.post_with_key if self.keep else self.set_clock] * 2, self.post_with_key,
         ]  # fmt: skip
 
     def post(self, count: int = 1) -> None:
@@ -74,7 +79,16 @@ class History(World):
     def post_list(self) -> None:
         self.post(self.chance.randint(2, 6))
 
-    def ask(self, then: Callable[[Any], None], function: Callable[..., Any], *args: Any) -> None:
+    def look(self, database: state.Database, committed: list[state.Notes]) -> None:
+        self.promises.look(database, committed)
+
+    def ask(
+        self,
+        then: Callable[[Any], None],
+        function: Callable[..., Any],
+        *args: Any,
+        refused: Callable[[], None] = lambda: None,
+    ) -> None:
         """Ask the server as an HTTP thread does; an answer that comes after its death was never given."""
         serving = self.server
         if serving is None or not serving.ready:
@@ -86,8 +100,8 @@ class History(World):
         def give(future: Future[Any]) -> None:
             with contextlib.suppress(StoreError):
                 answer = future.result()
-                if serving is self.server and not isinstance(answer, state.Refusal):
-                    then(answer)
+                if serving is self.server:
+                    refused() if isinstance(answer, state.Refusal) else then(answer)
 
         if function is not state.get:
             args = (*args, serving.core.clock())
@@ -97,6 +111,28 @@ class History(World):
         for job in ids:
             self.accepted[job] = "accepted"
             self.tell(f"job {job} is accepted")
+
+    def post_with_key(self) -> None:
+        """POST under a key that another POST may have: it is the same request, or a conflict."""
+        key, count = self.chance.choice("abc"), self.chance.choice((1, 1, 2))
+        content = f"{count} of told"
+
+        def add(db: state.Database, now: float) -> list[int] | state.Refusal:
+            return state.add(db, [state.NewJob("told")] * count, now, key=state.Key(key, content))
+
+        def accepted(ids: list[int]) -> None:
+            if self.answered.setdefault(key, (content, ids)) != (content, ids) and not self.keep:
+                raise Broken(f"promise 1: key {key} with {content} gave {ids}, and before {self.answered[key]}")
+            self.note_accepted(ids)
+            self.count("checked: a key has one answer")
+
+        def refused() -> None:
+            if self.asked[key] == {content}:
+                raise Broken(f"promise 1: key {key} was asked with {content} alone, and that is a conflict")
+            self.count("checked: a key belongs to a body")
+
+        self.asked[key].add(content)
+        self.ask(accepted, add, refused=refused)
 
     def some_job(self) -> int:
         return self.chance.choice(sorted(self.accepted) or [1])
@@ -140,6 +176,11 @@ class History(World):
         if host.link:
             host.link.go_silent()
 
+    def go_slow(self) -> None:
+        host = self.chance.choice(self.hosts)
+        if host.link:
+            host.link.latency = SLOW_SECONDS
+
     def go_off_line(self) -> None:
         host = self.chance.choice(self.hosts)
         host.off_line = True
@@ -180,7 +221,9 @@ class History(World):
             self.mend_within(10, setattr, self, "disk", None)
 
     def set_clock(self) -> None:
-        self.offset += self.chance.choice((-3600, -5, 5, 3600, 40 * 86400))
+        far = -self.offset if abs(self.offset) > FAR_SECONDS / 2 else FAR_SECONDS
+        self.offset += self.chance.choice((-3600, -5, 5, 3600, far))
+        self.was_far = self.was_far or abs(self.offset) > FAR_SECONDS / 2
 
     # A history
 
@@ -217,108 +260,16 @@ class History(World):
             if self.now() > deadline:
                 raise Broken(f"after {CALM_SECONDS} s of calm: {left}")
             await asyncio.sleep(2)
-        self.check()
-
-    def rows(self) -> dict[int, sqlite3.Row]:
-        assert self.server
-        database = self.server.store._database
-        return {row["id"]: row for row in database.execute(f"SELECT {state.JOB_WITH_WORKER}").fetchall()}
+        self.promises.check()
 
     def what_is_left(self) -> str:
         if self.server is None or not self.server.ready:
             return "the server does not run"
+        if self.now() - self.server.began < 3 * server.TICK_SECONDS:
+            return "the server has only just started"
         open_jobs = [row["id"] for row in self.rows().values() if row["state"] not in FINAL]
         left = [name for host in self.hosts for name in host.engine.containers]
         return f"jobs {open_jobs} and containers {left}" if open_jobs or left else ""
-
-    def check(self) -> None:
-        rows = self.rows()
-        for job in self.accepted:
-            if job not in rows:
-                raise Broken(f"promise 1: job {job} was accepted and is not there")
-        for job, row in rows.items():
-            self.check_starts(job, row)
-            self.check_result(row)
-            self.check_follow_up(row, [other for other in rows.values() if other["cause"] == job])
-        self.check_schedule(rows)
-        self.counts["jobs"] += len(rows)
-        self.counts["containers"] += len(self.starts)
-
-    def check_starts(self, job: int, row: sqlite3.Row) -> None:
-        """Promise 3: no attempt starts twice, and attempts don't overlap unless the first was given up as lost."""
-        assert self.server
-        # What a worker of version 1 has started before it said so may run a second time.
-        starts = [line for line in self.starts if line.job == job and line.attempt]
-        numbers = [line.attempt for line in starts]
-        if len(numbers) > len(set(numbers)):
-            raise Broken(f"promise 3: job {job} started attempts {numbers}")
-        if len(numbers) > JOBS[row["name"]].retries + 1:
-            raise Broken(f"promise 3: job {job} started {len(numbers)} times")
-        ended = {each["attempt"]: each["reason"] for each in state.attempts(self.server.store._database, job)}
-        for first, second in itertools.pairwise(starts):
-            if (first.ended is None or first.ended > second.began) and ended.get(first.attempt) != "lost":
-                raise Broken(f"promise 3: attempts {first.attempt} and {second.attempt} of job {job} overlap")
-        self.count("checked: promise 3")
-
-    def check_schedule(self, rows: dict[int, sqlite3.Row]) -> None:
-        """Promise 12: a due time gets at most one job, and none is left undealt with."""
-        assert self.server
-        dues = [row["due_at"] for row in rows.values() if row["due_at"]]
-        if len(dues) > len(set(dues)):
-            raise Broken(f"promise 12: of {dues} one was queued twice")
-        (schedule,) = self.server.store._database.execute(SCHEDULES).fetchall()
-        if self.wall() - schedule["upto"] > 60 + 2 * server.TICK_SECONDS:
-            raise Broken(f"promise 12: dealt with up to {schedule['upto']} only, and it is {self.wall()}")
-        self.counts["due jobs"] += len(dues)
-        self.counts["due times missed"] += schedule["missed"]
-        self.counts["due times skipped"] += schedule["skipped"]
-
-    def check_follow_up(self, row: sqlite3.Row, followers: list[sqlite3.Row]) -> None:
-        """Promise 12: what a job's end asks for is there once."""
-        config = JOBS[row["name"]]
-        wanted = {"failure": config.on_failure, "success": config.on_success}.get(row["state"])
-        if row["reason"] == "gone":
-            wanted = None
-        if [each["name"] for each in followers] != ([wanted] if wanted else []):
-            raise Broken(f"promise 12: job {row['id']} is a {row['state']}, followed by {list(map(dict, followers))}")
-        self.counts["follow-ups"] += len(followers)
-
-    def check_result(self, row: sqlite3.Row) -> None:
-        """Promises 4 and 5: success if and only if the container exited 0; its log is what it wrote."""
-        if str(row["reason"]).startswith("pulling"):
-            raise Broken(f"job {row['id']} is a {row['state']}, and still {row['reason']}")
-        if (row["worker_name"] or "").startswith("version-1-"):
-            self.check_original(row)
-            return
-        last = [line for line in self.starts if (line.job, line.attempt) == (row["id"], row["attempt"])]
-        container = last[0].container if last else None
-        if row["state"] == "success":
-            if container is None or container.code != 0 or container.state == "running":
-                raise Broken(f"promise 4: job {row['id']} is a success, its container {container}")
-            pieces = self.log_of(row)
-            if b"".join(data for _start, data in pieces) != bytes(container.output):
-                raise Broken(f"promise 5: the log of job {row['id']} is {pieces}, not {container.output!r}")
-            self.count("checked: promises 4 and 5 of a success")
-        if row["state"] == "failure" and row["reason"] not in ("lost", "timeout", "gone") and container:
-            if container.code == 0:
-                raise Broken(f"promise 4: job {row['id']} failed ({row['reason']}), its container exited 0")
-            if row["exit_code"] not in (container.code, None):
-                raise Broken(f"promise 4: job {row['id']} has exit code {row['exit_code']}, not {container.code}")
-            self.count("checked: promise 4 of a failure")
-
-    def log_of(self, row: sqlite3.Row) -> list[tuple[int, bytes]]:
-        assert self.server
-        return list(logs.read_log(self.server.store._database, row["id"], row["attempt"], 0))
-
-    def check_original(self, row: sqlite3.Row) -> None:
-        """Promise 4 of what a worker of version 1 said, which knows of no attempts."""
-        codes = [
-            line.container.code for line in self.starts if line.job == row["id"] and line.container.state == "exited"
-        ]
-        expected = {"success": lambda code: code == 0, "exit": bool}.get(row["reason"] or row["state"])
-        if expected and not any(map(expected, codes)):
-            raise Broken(f"promise 4: job {row['id']} is a {row['state']}, its containers exited {codes}")
-        self.count(f"checked: promise 4 of version 1, {row['reason'] or row['state']}")
 
     def close(self) -> None:
         if self.server:
@@ -398,6 +349,7 @@ def main() -> int:
     parser.add_argument("--histories", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--processes", type=int, default=0, help="all cores")
+    parser.add_argument("--first", action="store_true", help="end with the first that breaks a promise")
     parser.add_argument("-v", "--verbose", action="store_true", help="tell one history step by step")
     options = parser.parse_args()
     set_up(options.verbose)
@@ -409,6 +361,8 @@ def main() -> int:
         if outcome.broken:
             broken.append(outcome)
             print(f"seed {outcome.seed}: {outcome.broken[:400]}", flush=True)
+            if options.first:
+                return 1
         if played % PROGRESS == 0 and played < options.histories:
             pace = played / (time.monotonic() - begin)
             kept = f"{played - len(broken):,} of {played:,} histories up to seed {outcome.seed} kept every promise"
