@@ -565,6 +565,7 @@ class Server:
         self.core = Core(self.store, configs, options, Outside())
         self.api = Api(self.store, configs, options.hold, self.core.clock)
         self.access = Access(options.host, options.tokens)
+        self._reading_jobs = asyncio.Lock()
 
     def _deliver(self, commit: Commit) -> None:
         """Wake the loop for what it waits for. Called by the store's thread."""
@@ -629,16 +630,17 @@ class Server:
         self.reloading = asyncio.ensure_future(self._reload())
 
     async def _reload(self) -> None:
-        try:
-            configs, frames = await asyncio.to_thread(read_configs, self.options.jobs)
-        except ConfigError as error:
-            log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
-            return
-        self.core.dispatcher.reload(configs, frames)
-        self.api.configs = configs
-        self.core.end_gone()
-        self.core.adopt_schedules()
-        log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
+        async with self._reading_jobs:  # one after the other: a short file would overtake a long one that is older
+            try:
+                configs, frames = await asyncio.to_thread(read_configs, self.options.jobs)
+            except ConfigError as error:
+                log.error("nothing changed; the new jobs.yaml has errors:\n%s", error)
+                return
+            self.core.dispatcher.reload(configs, frames)
+            self.api.configs = configs
+            self.core.end_gone()
+            self.core.adopt_schedules()
+            log.info("read %s again: %d jobs", self.options.jobs, len(configs.by_name))
 
 
 def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]) -> Subprotocol | None:

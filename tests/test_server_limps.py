@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import signal
 import time
@@ -150,6 +151,20 @@ class TestReload:
                 server.get("/healthz")
                 longest = max(longest, time.monotonic() - begin)
             assert longest < (time.monotonic() - start) / 2  # a second of several, or less
+
+    def test_of_two_files_the_later_one_counts_also_where_it_is_read_sooner(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        stage.jobs.unlink()
+        os.mkfifo(stage.jobs)
+        server.signal(signal.SIGHUP)
+        with stage.jobs.open("w") as long:  # once it is opened there, too
+            short = stage.folder / "short.yaml"
+            short.write_text("- {name: short, image: busybox}\n")
+            short.rename(stage.jobs)
+            server.signal(signal.SIGHUP)
+            long.write("".join(f"- {{name: long-{n}, image: busybox}}\n" for n in range(10_000)))
+        until(lambda: server.said("read .* again: 10000 jobs") and server.said("read .* again: 1 jobs"), 30)
+        assert [config["name"] for config in server.get("/api/configs")] == ["short"]
 
 
 class TestGroups:
