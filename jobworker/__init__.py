@@ -1,3 +1,3 @@
 """The parts of jobworker's server and worker that have a room of their own."""
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
