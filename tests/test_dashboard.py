@@ -365,7 +365,7 @@ class TestDashboardActs:
         expect(drawer).to_contain_text("5 lines")
 
     def test_a_log_is_shown_as_a_terminal_would_leave_it(self, site: Server, reader_of: ReaderOf) -> None:
-        job = site.sh(r"printf '\033[31mred\033[0m\n10%%\r100%%\nbell\007\n'")
+        job = site.sh(r"printf '\033[31mred\033[0m\n10%%\r50%%\r100%%\nbell\007\n'")
         site.ended(job)
         log = open_job(reader_of(site).open(), job).get_by_role("region", name="Log")
         expect(log).to_have_text(re.compile(r"^\s*red\s+100%\s+bell\s*$"))
@@ -378,6 +378,9 @@ class TestDashboardActs:
         log = drawer.get_by_role("region", name="Log")
         expect(log).to_contain_text(f"\n{LONG_LOG_LINES}")
         expect(drawer).to_contain_text("the last 5,000 lines")
+        drawer.get_by_label("Show only the log's lines").fill("77777")
+        expect(drawer).to_contain_text("0 of the last 5,000 lines")
+        drawer.get_by_label("Show only the log's lines").fill("")
         page.evaluate(LONGEST_TASK_MS)
         drawer.get_by_role("button", name="Show all").click()
         expect(drawer).to_contain_text(f"{LONG_LOG_LINES:,} lines")
@@ -489,6 +492,8 @@ class TestDashboardManners:
         site.ended(second)
         page = reader_of(site).open_live()
         expect(row_of(page, second)).to_be_visible()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("tbody tr").first.get_by_role("link")).to_be_focused()
         page.keyboard.press("/")
         expect(page.get_by_label("Go to a job")).to_be_focused()
         page.keyboard.type(str(first))
@@ -563,9 +568,10 @@ class TestDashboardManners:
             assert_accessible(page)
             page.keyboard.press("Enter")
             expect(dialog.get_by_role("alert")).to_have_text("The server does not know that token.")
-            dialog.get_by_label("Token").fill("s3cret-0123456789")
+            dialog.get_by_label("Token").fill("api s3cret-0123456789")  # the line as it is in the file
             page.keyboard.press("Enter")
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
+            expect(page.get_by_text("python client.py --token-file FILE 127.0.0.1")).to_have_count(1)
             page.reload()
             expect(page.get_by_text("Live", exact=True)).to_be_visible()
             assert page.evaluate("sessionStorage.length") == 1
