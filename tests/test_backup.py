@@ -9,7 +9,6 @@ import random
 import resource
 import socket
 import sqlite3
-import statistics
 import subprocess
 import threading
 import time
@@ -222,7 +221,8 @@ class TestCopy:
                 subprocess.run(["curl", "-fsS", "--noproxy", "*", "-o", "/dev/null", url], check=True, timeout=60)
             copying.append(max(posting.seconds))
         print(f"longest POST: {[f'{1000 * s:.1f}' for s in idle]} ms idle, {[f'{1000 * s:.1f}' for s in copying]} ms")
-        assert statistics.median(copying) < 4 * statistics.median(idle) + 0.05
+        # The best round: other load makes one longer, a copy that POSTs wait for makes all so.
+        assert min(copying) < 4 * min(idle) + 0.05
 
 
 def has_copy_open(server: Server) -> bool:
