@@ -60,8 +60,9 @@ browser:
 # Without them the tests of podman, and of what is pulled, are left out.
 .PHONY: engines
 engines:
-	@command -v podman >/dev/null && command -v docker-registry >/dev/null || \
-	    $(PYTHON) checks/packages.py podman docker-registry || true
+	@command -v podman >/dev/null && command -v docker-registry >/dev/null && \
+	    { command -v runc >/dev/null || test -x /usr/sbin/runc; } || \
+	    $(PYTHON) checks/packages.py podman runc docker-registry || true
 
 .PHONY: nginx
 nginx:

@@ -50,6 +50,7 @@ PODMANS_FILES = {
 default_ulimits = ["nofile=1024:1024", "nproc=1024:1024"]
 netns = "none"
 [engine]
+runtime = "runc"
 cgroup_manager = "cgroupfs"
 events_logger = "file"
 """,
@@ -137,7 +138,10 @@ def podman_runs() -> bool:
 
 
 def name_podmans_files() -> None:
-    """Have podman keep its images and containers in our folder, and run where neither network nor systemd is set up."""
+    """Have podman keep its images and containers in our folder, and run where neither network nor systemd is set up.
+
+    Its other runtime, crun, starts nothing where both versions of cgroups are mounted.
+    """
     folder = scratch_folder() / "podman"
     folder.mkdir(exist_ok=True)
     for variable, text in PODMANS_FILES.items():
