@@ -34,8 +34,9 @@ def main(verb: str, *words: str) -> None:
         fail(refusal, 125 if verb == "run" else 1)
     if verb in ("container", "image") and words:
         verb, words = words[0] if verb == "container" else verb + " " + words[0], words[1:]
+    seconds = float(read(HERE + verb + "-delay", "0") or 0)  # before it is seen, for who then takes the delay away
     ledger("call", verb, os.getpid())
-    time.sleep(float(read(HERE + verb + "-delay", "0")))
+    time.sleep(seconds)
     verbs: dict[str, Any] = {
         "run": run,
         "rm": rm,
@@ -113,7 +114,7 @@ def run(*words: str) -> None:
         os.rename(new, BOXES + name)
     except OSError:
         fail(f'Error response from daemon: Conflict. The container name "/{name}" is already in use.', 125)
-    time.sleep(float(read(HERE + "start-delay", "0")))
+    time.sleep(float(read(HERE + "start-delay", "0") or 0))
     box = BOXES + name + "/"
     attached = start(name)
     if attached is None:

@@ -11,7 +11,7 @@ from jobworker import due, lists, state
 from jobworker.due import Scheduled, Scheduler
 from jobworker.schedule import Schedule
 from jobworker.state import FreeSlots, NewJob
-from jobworker.store import Store
+from jobworker.store import Commit, Store
 from tests.stage import Stage
 from tests.test_state import RULES, arrival
 
@@ -19,17 +19,19 @@ HOUR = 3600.0
 MORNING = 1_780_000_200.0 - 1_780_000_200.0 % 86400 + 6 * HOUR  # 06:00 of a day, UTC
 
 
+def deliver(commit: Commit) -> None:
+    """Call back who waits for a commit, as the loop does."""
+    for callback, result in commit.calls:
+        callback(result)
+
+
 class Desk:
     """A scheduler at its store, without threads; `now` is what its clock shows."""
 
     def __init__(self, path: str = ":memory:") -> None:
-        self.store = Store(path, self._deliver, random.Random(0))
+        self.store = Store(path, deliver, random.Random(0))
         self.now = MORNING
         self.scheduler = Scheduler(self.store, lambda: self.now)
-
-    def _deliver(self, commit: Any) -> None:
-        for callback, result in commit.calls:
-            callback(result)
 
     def commit(self) -> None:
         while not self.store._requests.empty():

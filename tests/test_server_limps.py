@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,6 +25,7 @@ from jobworker.store import Store
 from server import MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
 from tests.stage import Server, Stage, problem, until
+from tests.test_due import deliver
 
 MEMORY_LIMIT_KIB = 200 * 1024
 
@@ -66,9 +68,9 @@ class TestMemory:
                     await asyncio.sleep(0)
 
         async def flood() -> int:
-            store, socket = Store(":memory:", lambda commit: [call(result) for call, result in commit.calls]), Flood()
+            store, flooded = Store(":memory:", deliver), Flood()
             dispatcher = Dispatcher(store, Configs([]), 60, time.time, write=lambda *_: None)
-            serving = asyncio.ensure_future(dispatcher.serve(socket))  # type: ignore[arg-type]
+            serving = asyncio.ensure_future(dispatcher.serve(flooded))  # type: ignore[arg-type]
             async with asyncio.timeout(10):
                 while not dispatcher.workers:
                     await asyncio.sleep(0)
@@ -77,7 +79,7 @@ class TestMemory:
             for _ in range(5_000):
                 await asyncio.sleep(0)
             serving.cancel()
-            return socket.sent * 500_000
+            return flooded.sent * 500_000
 
         assert asyncio.run(flood()) < 2 * MAX_UNSTORED_BYTES
 
@@ -108,7 +110,10 @@ class TestMemory:
         unknown = tuple((job, 1, "running") for job in range(1, 20_001))
         hello = protocol.encode(protocol.Hello("deaf", 1, (), "0", unknown))
         url = f"ws://127.0.0.1:{server.port}/runner"
-        with connect(url, proxy=None, subprotocols=[VERSION_2], compression=None, max_size=None) as deaf:
+        ear = socket.socket()
+        ear.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # else the kernel takes many answers
+        ear.connect(("127.0.0.1", server.port))
+        with connect(url, sock=ear, subprotocols=[VERSION_2], compression=None, ping_interval=None) as deaf:
             with contextlib.suppress(ConnectionClosed):
                 for _ in range(2_000):  # each is answered by 20,000 Settled
                     deaf.send(hello)
