@@ -53,7 +53,8 @@ SIMULATED = {
     "a log has a limit",
     "retries' backoff",
     "concurrency",
-    "the offer of who went",
+    "the slots of who went",
+    "slots are counted",
     "tags",
     "grace after a start",
     "a key belongs to a body",
@@ -206,6 +207,14 @@ MUTANTS = (
         "malformed_frame_closes",
         "    db.notes.slots.pop(worker, None)\n",
         "",
+    ),
+    Mutant("slots are counted", "jobworker/state.py", "StoreHistories", "free=slots.free + more", "free=slots.free"),
+    Mutant(
+        "a failed claim undoes no group",
+        "jobworker/store.py",
+        "where_it_fails_all_else_stands",
+        "            if not alone:\n                self._claim()\n",
+        "            self._claim()\n",
     ),
     Mutant(
         "offers by free slots",
@@ -449,6 +458,9 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [each for each in MUTANTS if not options.words or any(word in each.name for word in options.words)]
     chosen = [mutant for mutant in chosen if mutant.name in SIMULATED or not options.simulate]
+    if unknown := SIMULATED - {mutant.name for mutant in MUTANTS}:
+        print(f"there are no mutants of these names: {', '.join(sorted(unknown))}")
+        return 1
     survivors = 0
     with tempfile.TemporaryDirectory(prefix="mutants-") as name:
         folder = Path(name)
