@@ -87,7 +87,7 @@ def running_engine(or_podman: bool, and_podman: bool) -> Iterator[None]:
         with private_engine():
             yield
     else:
-        os.environ["DOCKER_HOST"] = docker("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
+        os.environ["DOCKER_HOST"] = ask_engine("context", "inspect", "--format", "{{.Endpoints.docker.Host}}")
         provide_images()
         yield
 
@@ -150,11 +150,10 @@ def name_podmans_files() -> None:
         os.environ[variable] = str(file)
 
 
-def docker(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"", command: str = "docker") -> str:
-    """Run a docker command, within a time, and give its output. Raises SetupError with its complaint when it fails."""
-    command_line = [command, *arguments]
+def ask_engine(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"", command: str = "docker") -> str:
+    """Run an engine's command, within a time, and give its output. Raises SetupError with its complaint if it fails."""
     try:
-        result = subprocess.run(command_line, input=stdin, capture_output=True, timeout=seconds, check=False)
+        result = subprocess.run([command, *arguments], input=stdin, capture_output=True, timeout=seconds, check=False)
     except (FileNotFoundError, subprocess.TimeoutExpired) as error:
         raise SetupError(str(error)) from None
     if result.returncode != 0:
@@ -164,7 +163,7 @@ def docker(*arguments: str, seconds: float = ANSWER_SECONDS, stdin: bytes = b"",
 
 def succeeds(*arguments: str, seconds: float = ANSWER_SECONDS, command: str = "docker") -> bool:
     try:
-        docker(*arguments, seconds=seconds, command=command)
+        ask_engine(*arguments, seconds=seconds, command=command)
     except SetupError:
         return False
     return True
@@ -233,7 +232,7 @@ def provide_images(command: str = "docker") -> None:
     print("They can't be pulled: making them from busybox ...", flush=True)
     for image in missing:
         start = f"CMD {json.dumps([COMMANDS[image]])}"
-        docker("import", "--change", start, "-", image, stdin=busybox_root(), command=command)
+        ask_engine("import", "--change", start, "-", image, stdin=busybox_root(), command=command)
 
 
 def busybox_root() -> bytes:

@@ -8,7 +8,7 @@ import sqlite3
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from played import CONFIGS, EPOCH, FINAL, GRACE_SECONDS, JOBS, Start
+from played import CONFIGS, FINAL, GRACE_SECONDS, JOBS, Start
 from virtual import Broken
 
 import server
@@ -201,8 +201,8 @@ class Promises(Commits):
         if late > 60 + 2 * server.TICK_SECONDS or late < -TOO_FAR_SECONDS - 2 * server.TICK_SECONDS:
             raise Broken(f"promise 12: dealt with up to {upto}, and it is {self.world.wall()}")
         if not (self.world.was_far or self.world.keep):
-            begins = EPOCH if self.schedule_begins is None else self.schedule_begins
-            there_were = CONFIGS.schedules[schedule["name"]].count_due(begins, upto)
+            assert self.schedule_begins is not None
+            there_were = CONFIGS.schedules[schedule["name"]].count_due(self.schedule_begins, upto)
             if len(dues) + missed + skipped != there_were:
                 raise Broken(f"promise 12: of {there_were} {dues} were queued, {missed} missed and {skipped} skipped")
             self.world.count("checked: promise 12 of missed and skipped")

@@ -457,7 +457,8 @@ def adopt(db: Database, rules: Rules) -> None:
     """Have claims go by the jobs.yaml now in force, also where this transaction fails."""
     db.limits = rules.limits
     for known in (db.slots, db.notes.slots):
-        known |= {id_: slots._replace(names=rules.names_for(*slots[3:])) for id_, slots in known.items()}
+        for worker, slots in known.items():
+            known[worker] = slots._replace(names=rules.names_for(slots.tags, slots.protocol))
     db.notes.ready = True
 
 

@@ -189,7 +189,7 @@ class Store:
         try:
             fill_slots(self._database)
         except Exception as error:
-            if not isinstance(error, sqlite3.Error):
+            if not isinstance(error, sqlite3.Error):  # what the disk refuses is told for the whole group
                 _log.error("internal error: nothing was claimed", exc_info=error)
             raise
 

@@ -34,6 +34,13 @@ class Host(NamedTuple):
     engine: Engine
     registry: str
 
+    def offer(self) -> str:
+        """Have the image of the job `far` in the registry, and here; give its name."""
+        image = f"{self.registry}/far:1"
+        self.engine("tag", "busybox", image)
+        self.engine("push", image)
+        return image
+
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory, engine: Engine, registry: str) -> Iterator[Host]:
@@ -49,9 +56,7 @@ class TestPull:
     """An image that is not here is pulled, once for all that wait for it."""
 
     def test_a_missing_one_is_pulled(self, host: Host) -> None:
-        image = f"{host.registry}/far:1"
-        host.engine("tag", "busybox", image)
-        host.engine("push", image)
+        image = host.offer()
         host.engine("rmi", image)
         jobs = [host.server.ended(job, 60) for job in [host.server.post("far") for _ in range(3)]]
         assert [job["state"] for job in jobs] == ["success"] * 3
@@ -64,9 +69,7 @@ class TestPull:
         assert b"nowhere" in host.server.log(job["id"])
 
     def test_one_that_was_removed_since_the_last_job_is_pulled_again(self, host: Host) -> None:
-        image = f"{host.registry}/far:1"
-        host.engine("tag", "busybox", image)
-        host.engine("push", image)
+        image = host.offer()
         assert host.server.ended(host.server.post("far"), 60)["success"]
         until(lambda: not host.engine.containers(host.server))
         host.engine("rmi", "--force", image)
