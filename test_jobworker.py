@@ -171,17 +171,17 @@ class TestPromise01Accepted:
 class TestPromise02Kills:
     """Kill -9 of anything, at any moment: every job is final once all is up again, and none ran twice."""
 
-    def test_hundreds_of_jobs_survive_the_servers_death(self, stage: Stage) -> None:
+    def test_a_thousand_jobs_survive_the_servers_death(self, stage: Stage) -> None:
         server = stage.server()
         stage.worker(server, "--slots", "4")
-        server.http("POST", "/api/jobs", [{"name": "quick"}] * 400, 30)
-        until(lambda: stage.docker.starts() >= 150, 60)
+        server.http("POST", "/api/jobs", [{"name": "quick"}] * 1000, 30)
+        until(lambda: stage.docker.starts() >= 300, 60)
         server.kill()
         server.start()
         jobs = all_ended(server)
-        assert [job["state"] for job in jobs] == ["success"] * 400
+        assert [job["state"] for job in jobs] == ["success"] * 1000
         assert sorted(line[0].split("-")[-2] for line in stage.docker.ledger("start")) == sorted(
-            map(str, range(1, 401))
+            map(str, range(1, 1001))
         )
         until(lambda: stage.docker.containers() == [])
 

@@ -242,7 +242,7 @@ class TestOpenApi:
         (tmp_path / "openapi.json").write_bytes(api_module.description())
         command += ["openapi.json", "--url", f"http://127.0.0.1:{server.port}", "--no-color"]
         command += ["--header", "Authorization: Bearer letmein-0123456789", "--exclude-path", "/api/events"]
-        command += ["--max-examples", "25", "--seed", "1"]
+        command += ["--max-examples", "40", "--seed", "1"]
         found = subprocess.run(
             command,
             env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks.py"},

@@ -563,7 +563,7 @@ class StoreHistories(RuleBasedStateMachine):
 
 TestStoreHistories = StoreHistories.TestCase
 TestStoreHistories.settings = settings(
-    max_examples=120,
+    max_examples=200,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
