@@ -21,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from websockets.frames import CloseCode
 from websockets.typing import Subprotocol
 
 import protocol
-from jobworker import VERSION, logs, state
+from jobworker import VERSION, logs, retention, state
 from jobworker.api import Api
 from jobworker.clock import Clock, WatchedClock, steady_clock
 from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_duration
@@ -75,6 +76,7 @@ from protocol import (
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_SILENT = 512  # connections that have said nothing yet; of more, the oldest are ended
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
+ENOUGH_UNREAD_BYTES = 1024 * 1024  # with that much to read, a worker is sent no further job
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
 TICK_SECONDS = 0.25
@@ -112,6 +114,7 @@ class ConnectedWorker:
     id: int = 0
     jobs: dict[int, int] = field(default_factory=dict)
     configs: Configs | None = None  # those it was sent
+    _claimed: deque[bytes] = field(default_factory=deque)  # frames that wait until it has read others
 
     @property
     def name(self) -> str:
@@ -137,14 +140,26 @@ class ConnectedWorker:
         return f"connected from {self.address}, {self.hello.slots} slots"
 
     def send(self, *messages: protocol.FromServer) -> None:
-        """Write messages, in as many frames as that takes; version 1 knows no other than Enqueue."""
-        if self.protocol_version == 2:
-            frames = protocol.encode_batches(messages)
-        else:
-            orders = (message for message in messages if isinstance(message, Enqueue))
-            frames = (protocol.encode(Enqueue(order.job, order.name)) for order in orders)
-        for frame in frames:
+        """Write messages, in as many frames as that takes."""
+        for frame in self._frames(messages):
             self.write(self.socket, frame)
+
+    def _frames(self, messages: Iterable[protocol.FromServer]) -> Iterable[bytes]:
+        """Version 1 knows no other than Enqueue."""
+        if self.protocol_version == 2:
+            return protocol.encode_batches(messages)
+        orders = (message for message in messages if isinstance(message, Enqueue))
+        return (protocol.encode(Enqueue(order.job, order.name)) for order in orders)
+
+    def send_jobs(self, jobs: Iterable[Enqueue]) -> None:
+        """Write jobs at the pace at which they are read: on a slow link a thousand take minutes."""
+        self._claimed += self._frames(jobs)
+        self.send_claimed()
+
+    def send_claimed(self) -> None:
+        """Write what waits, up to ENOUGH_UNREAD_BYTES. A job that is cancelled meanwhile goes out, and gets no Go."""
+        while self._claimed and self.socket.transport.get_write_buffer_size() < ENOUGH_UNREAD_BYTES:
+            self.write(self.socket, self._claimed.popleft())
 
     def send_configs(self, configs: Configs, frames: dict[int, bytes]) -> None:
         """Write the configuration, in the frame of its version, where it is not what was sent last."""
@@ -275,26 +290,27 @@ class Dispatcher:
         if not isinstance(hello, Hello) or hello.name != worker.name or len(messages) > 1:
             raise protocol.ProtocolError("a second Hello must have the first one's name, and no company")
         worker.hello = hello
-        await self._attach(worker)
+        await self._attach(worker, again=True)
 
-    async def _attach(self, worker: ConnectedWorker) -> None:
+    async def _attach(self, worker: ConnectedWorker, again: bool = False) -> None:
         for id_, away in self.away.items():
             if away.name == worker.name:  # its grace must not end while it is being attached
                 self._start_grace(id_, away.name, self.grace)
         taken_over: asyncio.Future[None] = self._loop.create_future()
 
-        def attached(result: tuple[int, list[HeldAttempt]] | Exception) -> None:
+        def attached(result: tuple[int, list[HeldAttempt]] | Exception | None) -> None:
             if taken_over.cancelled():
                 return
             if isinstance(result, Exception):
                 taken_over.set_exception(result)
                 return
-            worker.id, wanted = result
-            self._take_over(worker, wanted)
+            if result:
+                worker.id, wanted = result
+                self._take_over(worker, wanted)
             taken_over.set_result(None)
 
         # A callback, because callbacks run in commit order: what is claimed after this attach goes to this connection.
-        self.store.do_then(attached, state.attach, worker.arrival(), self._clock(), self.configs)
+        self.store.do_then(attached, state.attach, worker.arrival(), self._clock(), self.configs, again)
         await taken_over
 
     def _take_over(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
@@ -373,8 +389,6 @@ class Dispatcher:
         self._start_grace(worker.id, worker.name, 0 if leaves else self.grace)
         self._to_detach[worker.id] = worker.since
         self._write_detached(worker.id)
-        if leaves:
-            self._lose_overdue()
 
     def _write_detached(self, worker_id: int) -> None:
         since = self._to_detach[worker_id]
@@ -384,18 +398,24 @@ class Dispatcher:
                 self._report(result)
             elif self._to_detach.get(worker_id) == since:
                 del self._to_detach[worker_id]
+                self._lose_overdue()
 
         self.store.do_then(written, state.detach, worker_id, since, self._clock())
 
     def tick(self) -> None:
-        """Write what could not be written before, and give up the workers whose grace is over."""
+        """Send and write what could not be before, and give up the workers whose grace is over."""
+        for worker in self.workers.values():
+            worker.send_claimed()
         for worker_id in self._to_detach:
             self._write_detached(worker_id)
         self._lose_overdue()
 
     def _lose_overdue(self) -> None:
         now = self._loop.time()
-        for worker_id, away in [(id_, away) for id_, away in self.away.items() if away.deadline <= now]:
+        overdue = [(id_, away) for id_, away in self.away.items() if away.deadline <= now]
+        for worker_id, away in overdue:
+            if worker_id in self._to_detach:  # the store takes it for connected
+                continue
             del self.away[worker_id]
 
             def lost(result: int | Exception, worker_id: int = worker_id, away: GracePeriod = away) -> None:
@@ -415,7 +435,7 @@ class Dispatcher:
             # Where the worker went meanwhile, its detach comes after the claim and queues the jobs again.
             if worker := self.workers.get(worker_id):
                 worker.jobs.update((enqueue.job, enqueue.attempt) for enqueue in enqueues)
-                worker.send(*enqueues)
+                worker.send_jobs(enqueues)
 
     def reload(self, configs: Configs, frames: dict[int, bytes]) -> None:
         """Take a new configuration and its config_frames: for jobs not yet started, and to all workers."""
@@ -550,7 +570,7 @@ class Core:
 
         if self._keep and not self.clock.was_set_lately():
             names = frozenset(self.dispatcher.configs.by_name)
-            self.store.do_then(pruned, state.prune, self.clock() - self._keep, names, PRUNE_JOBS)
+            self.store.do_then(pruned, retention.prune, self.clock() - self._keep, names, PRUNE_JOBS)
 
 
 class Server:

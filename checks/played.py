@@ -74,6 +74,7 @@ class End:
 
     def __init__(self, link: "Link") -> None:
         self.link = link
+        self.transport = SimpleNamespace(get_write_buffer_size=lambda: 0)
         self.subprotocol = protocol.VERSION_2 if link.version == 2 else None
         self.peer: End
         self.inbox: deque[bytes] = deque()

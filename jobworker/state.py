@@ -41,7 +41,6 @@ STATES = ("queued", "assigned", "running", "success", "failure", "cancelled")
 ACTIVE_STATES = ("assigned", "running")
 FINAL_STATES = ("success", "failure", "cancelled")
 
-FREE_PAGES_LIMIT = 1_000
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
 HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
@@ -71,7 +70,6 @@ INSERT_JOB = """INSERT INTO job
     VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?)"""
 FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
 INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
-DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
 QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
 READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_queued
@@ -112,6 +110,7 @@ SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS N
 ALL_NAMES = _each_name("job_name", "1")
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
 MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
+IS_CONNECTED = "SELECT 1 FROM worker WHERE name = ? AND connected AND connected_at = ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
 CONNECT_WORKER = """UPDATE worker SET expected = 1, connected = 1, protocol = :protocol, slots = :slots, tags = :tags,
@@ -119,16 +118,10 @@ CONNECT_WORKER = """UPDATE worker SET expected = 1, connected = 1, protocol = :p
 DISCONNECT_WORKER = "UPDATE worker SET connected = 0, gone_at = ? WHERE id = ? AND connected_at = ?"
 DISCONNECT_ALL = "UPDATE worker SET connected = 0, gone_at = ? WHERE expected = 1 AND connected"
 KEEP_HELD = "UPDATE worker SET held = ? WHERE id = ?"
-FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND expected = 1"
+FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND NOT connected"
 LOG_STATE = "SELECT log_bytes, reading FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
-DELETE_LOG = "DELETE FROM log WHERE job = ?"
-DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
-DELETE_JOB = "DELETE FROM job WHERE id = ?"
-COUNT_FREE_PAGES = "PRAGMA freelist_count"
-FREE_PAGE = "PRAGMA incremental_vacuum(1)"
 NEWEST_JOB = "SELECT max(id) FROM job WHERE name = ?"
 NEWEST_SUCCESS = "SELECT max(id) FROM job INDEXED BY job_success WHERE state = 'success' AND name = ?"
-OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
 OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"
@@ -596,12 +589,17 @@ def resume(db: Database, now: float) -> list[tuple[int, str, int]]:
     return [(row["id"], row["name"], row["protocol"]) for row in db.execute(MAY_COME_BACK)]
 
 
-def attach(db: Database, arrival: Arrival, now: float, rules: Rules) -> tuple[int, list[HeldAttempt]]:
+def attach(
+    db: Database, arrival: Arrival, now: float, rules: Rules, again: bool = False
+) -> tuple[int, list[HeldAttempt]] | None:
     """Note that a worker is connected, and settle what it holds: give its id, and the attempts it shall go on with.
 
     What the store has for that worker beyond these is gone: it is queued again where it had not started, lost where it
-    had. What the worker has beyond the store's is not returned.
+    had. What the worker has beyond the store's is not returned. again: the connection was attached before; where a
+    newer one has taken over, nothing changes, and the result is None.
     """
+    if again and not db.one(IS_CONNECTED, arrival.name, arrival.since):
+        return None
     known = db.one(FIND_WORKER, arrival.name)
     worker = int(known[0] if known else db.execute(INSERT_WORKER, (arrival.name,)).lastrowid or 0)
     values = arrival._asdict() | {"id": worker, "tags": json.dumps(arrival.tags, ensure_ascii=False)}
@@ -642,8 +640,9 @@ def detach(db: Database, worker: int, since: float, now: float) -> int:
 
 
 def lose(db: Database, worker: int, now: float, rules: Rules) -> int:
-    """Give up what a worker that did not come back was running; how many jobs that were."""
-    db.execute(FORGET_WORKER, (worker,))
+    """Give up what a worker was running, unless it is back; how many jobs that were."""
+    if db.execute(FORGET_WORKER, (worker,)).rowcount == 0:
+        return 0
     db.notes.workers.add(worker)
     rows = db.execute(ACTIVE_OF_WORKER, (worker,)).fetchall()
     for row in rows:
@@ -771,26 +770,6 @@ def listen(db: Database, last_id: int | None) -> tuple[Tick, Tick | None]:
 def totals(db: Database) -> Totals:
     """A copy of what was counted since the server's start."""
     return copy.deepcopy(db.totals)
-
-
-# Retention
-
-
-def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
-    """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
-
-    Of each of the names the newest job and the newest success stay: when did it last succeed?
-    """
-    kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
-    rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
-    rows = [row for row in rows if row["id"] not in kept][:limit]
-    for job, state in rows:
-        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
-            db.execute(statement, (job,))
-        db.notes.moved[state] -= 1
-    for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
-        db.execute(FREE_PAGE)
-    return len(rows)
 
 
 def probe(db: Database) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-from jobworker import lists, logs
+from jobworker import lists, logs, retention
 from jobworker import state as state_module
 from jobworker.state import Arrival, FreeSlots, Key, NewJob
 from jobworker.store import Store
@@ -301,9 +301,13 @@ class StoreHistories(RuleBasedStateMachine):
             if job.state == "assigned":
                 job.requeue(None)
 
-    @rule(worker=workers_seen | st.integers(1, 2))
-    def lose(self, worker: int) -> None:
-        self.connected.pop(worker, None)
+    @rule(worker=workers_seen | st.integers(1, 2), leaves=st.booleans())
+    def lose(self, worker: int, leaves: bool) -> None:
+        if leaves:
+            self.disconnect(worker)
+        if worker in self.connected:
+            assert self.do(state_module.lose, worker, self.now, RULES) == 0
+            return
         mine = [job for job in self.jobs.values() if job.worker == worker and job.state in ACTIVE]
         assert self.do(state_module.lose, worker, self.now, RULES) == len(mine)
         self.expected.discard(worker)
@@ -444,7 +448,7 @@ class StoreHistories(RuleBasedStateMachine):
             for job in self.jobs.values()
             if job.finished_at is not None and job.finished_at < self.now - age and job.id not in kept
         ]
-        count = self.do(state_module.prune, self.now - age, names, limit)
+        count = self.do(retention.prune, self.now - age, names, limit)
         assert count == min(limit, len(old))
         there = {row["id"] for row in self.do(lists.page, lists.Wanted(), 10**6)}
         gone = [job for job in self.jobs.values() if job.id not in there]

@@ -1,0 +1,32 @@
+"""What goes with time: jobs that ended long ago. Functions for the store, as those of state.py."""
+
+from collections.abc import Iterable
+
+from jobworker.state import NEWEST_JOB, NEWEST_SUCCESS, Database
+
+FREE_PAGES_LIMIT = 1_000
+
+OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
+DELETE_LOG = "DELETE FROM log WHERE job = ?"
+DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
+DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
+DELETE_JOB = "DELETE FROM job WHERE id = ?"
+COUNT_FREE_PAGES = "PRAGMA freelist_count"
+FREE_PAGE = "PRAGMA incremental_vacuum(1)"
+
+
+def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
+    """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
+
+    Of each of the names the newest job and the newest success stay: when did it last succeed?
+    """
+    kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
+    rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
+    rows = [row for row in rows if row["id"] not in kept][:limit]
+    for job, state in rows:
+        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
+            db.execute(statement, (job,))
+        db.notes.moved[state] -= 1
+    for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
+        db.execute(FREE_PAGE)
+    return len(rows)

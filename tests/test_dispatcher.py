@@ -1,0 +1,173 @@
+"""server.py's Dispatcher, in one thread: what happens between a commit and the next, in every order."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import protocol
+from jobworker import lists, state
+from jobworker.config import Configs, JobConfig
+from jobworker.state import NewJob
+from jobworker.store import Store
+from server import ENOUGH_UNREAD_BYTES, Dispatcher
+from tests.test_due import deliver
+
+Held = tuple[tuple[int, int, str], ...]
+
+JOBS = Configs([JobConfig("plain", "busybox", "true")])
+
+
+class Link:
+    """A worker's connection, in memory. What it is sent is unread until `read` is called."""
+
+    subprotocol, remote_address, close_code = protocol.VERSION_2, ("127.0.0.1", 5), 1006
+
+    def __init__(self) -> None:
+        self.said: asyncio.Queue[protocol.FromWorker | None] = asyncio.Queue()
+        self.unread: list[bytes] = []
+        self.transport = self
+
+    def take(self, frame: bytes) -> None:
+        self.unread.append(frame)
+
+    def get_write_buffer_size(self) -> int:
+        return sum(map(len, self.unread))
+
+    def read(self) -> list[protocol.FromServer]:
+        frames, self.unread = self.unread, []
+        return [message for frame in frames for message in protocol.decode_from_server(frame, 2)]
+
+    async def recv(self) -> bytes:
+        return await anext(aiter(self))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while message := await self.said.get():
+            yield protocol.encode(message)
+
+    async def close(self, *_: object) -> None:
+        self.said.put_nowait(None)
+
+
+class Table:
+    """A store that commits when it is told to, and a dispatcher with its workers. Each look at the clock is later."""
+
+    def __init__(self, grace: float = 60) -> None:
+        self.store = Store(":memory:", self.on_commit)
+        self.clock = itertools.count(1_790_000_000.0).__next__
+        self.dispatcher = Dispatcher(self.store, JOBS, grace, self.clock, write=Link.take)  # type: ignore[arg-type]
+        self.serving: list[asyncio.Future[None]] = []
+
+    def on_commit(self, commit: Any) -> None:
+        deliver(commit)
+        self.dispatcher.send_claimed(commit.claimed)
+
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        future = self.store.do(function, *args)
+        self.commit()
+        return future.result(0)
+
+    def commit(self) -> None:
+        while self.store._requests.qsize():
+            self.store.commit_waiting()
+
+    async def run(self) -> None:
+        """Let all happen that needs no commit."""
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    async def connect(self, slots: int = 1, held: Held = ()) -> Link:
+        """Have the worker connect, up to its attach, which is not committed yet."""
+        link = Link()
+        self.serving.append(asyncio.ensure_future(self.dispatcher.serve(link)))  # type: ignore[arg-type]
+        await self.say(link, slots, held)
+        return link
+
+    async def say(self, link: Link, slots: int, held: Held) -> None:
+        link.said.put_nowait(protocol.Hello("host", slots, (), "1", held))
+        await self.run()
+
+    async def running(self) -> tuple[Link, Held]:
+        """Have a job run; give the connection and what its worker holds."""
+        link = await self.connect()
+        self.commit()
+        await self.run()
+        self.do(state.add, [NewJob("plain")], self.clock())
+        (enqueue,) = [message for message in link.read() if isinstance(message, protocol.Enqueue)]
+        link.said.put_nowait(protocol.JobRunning(enqueue.job, enqueue.attempt))
+        await self.run()
+        self.commit()
+        return link, ((enqueue.job, enqueue.attempt, "running"),)
+
+    def connected(self) -> list[Any]:
+        return [worker.socket for worker in self.dispatcher.workers.values()]
+
+    def states(self) -> list[str]:
+        return [row["state"] for row in self.do(lists.page, lists.Wanted(), 10)]
+
+
+class TestConnections:
+    """A name belongs to its newest connection, and what a connected worker runs is never lost."""
+
+    def test_a_late_second_hello_does_not_take_the_name_back(self) -> None:
+        async def play() -> None:
+            table = Table()
+            old, held = await table.running()
+            new = await table.connect(held=held)
+            await table.say(old, 1, ())  # says it holds nothing, before it is told that it was replaced
+            table.commit()
+            await table.run()
+            assert table.connected() == [new]
+            assert table.states() == ["running"]
+
+        asyncio.run(play())
+
+    def test_a_worker_that_is_back_keeps_its_job_though_its_grace_was_none(self) -> None:
+        async def play() -> None:
+            table = Table(grace=0)
+            old, held = await table.running()
+            await old.close()
+            await table.run()
+            table.dispatcher.tick()
+            new = await table.connect(held=held)
+            table.commit()
+            await table.run()
+            assert table.connected() == [new]
+            assert table.states() == ["running"]
+
+        asyncio.run(play())
+
+    def test_a_worker_that_does_not_come_back_loses_it(self) -> None:
+        async def play() -> None:
+            table = Table(grace=0)
+            old, _held = await table.running()
+            await old.close()
+            await table.run()
+            table.commit()
+            assert table.states() == ["failure"]
+
+        asyncio.run(play())
+
+
+class TestSlowLink:
+    """Jobs go out as they are read: a link that is slow is not taken for a worker that does not read."""
+
+    def test_a_thousand_large_jobs_go_out_at_its_pace(self) -> None:
+        async def play() -> None:
+            table = Table()
+            link = await table.connect(slots=1_000)
+            table.do(state.add, [NewJob("plain", {"TEXT": "x" * 8_000})] * 1_000, table.clock())
+            await table.run()
+            sent: list[int] = []
+            while len(sent) < 1_000:
+                assert link.get_write_buffer_size() < ENOUGH_UNREAD_BYTES + protocol.BATCH_BYTES + 10_000
+                some = [message.job for message in link.read() if isinstance(message, protocol.Enqueue)]
+                assert some
+                sent += some
+                table.dispatcher.tick()
+            assert sent == sorted(set(sent))
+            assert not link.read()
+
+        asyncio.run(play())
