@@ -4,9 +4,8 @@ Everything happens on the event loop, but for `subprocess.run(["docker", "run", 
 slot; what the container writes comes through a pipe that the loop reads.
 
     Worker    the attempts that this worker holds, its slots, its configurations; keeps connected
-    Session   one connection with a server: frames in, batches out
     Attempt   one attempt of a job, from Enqueue to Settled, along TRANSITIONS; its container is a Life
-    World     how all of these reach the network, the engine, the clock and chance
+    World     how these reach the network, the engine, the clock and chance
 
 The container is the durable outbox: it has a name of its own for each job and attempt, labels that say whose it is, and
 no --rm. It is removed only after the server said Settled: the result is on disk. So a worker that was killed finds by
@@ -30,14 +29,13 @@ import signal
 import subprocess
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -46,7 +44,7 @@ from websockets.typing import Subprotocol
 import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
-from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand
+from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand, option
 from jobworker.dialling import Complaints, destination, explain
 from jobworker.ends import how_long, why
 from jobworker.identity import hold_name
@@ -62,8 +60,9 @@ from jobworker.options import (
     start_logging,
     worker_token,
 )
-from jobworker.orphans import end_orphans
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
+from jobworker.processes import end_commands
+from jobworker.session import Session, Socket
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -119,88 +118,18 @@ class FatalError(Exception):
     """The worker can't go on, and trying again would not help. The message says why and what to do."""
 
 
-class Socket(Protocol):
-    """As much of a WebSocket connection as a session needs. Raises ConnectionClosed."""
-
-    @property
-    def subprotocol(self) -> str | None: ...
-    @property
-    def response(self) -> Any: ...
-    async def send(self, data: bytes, /) -> None: ...
-    async def close(self, code: int, reason: str) -> None: ...
-    def __aiter__(self) -> AsyncIterator[str | bytes]: ...
-
-
 @dataclass(frozen=True)
 class World:
     """What the worker needs from outside. All else is decided here, and timed by the event loop alone.
 
-    wall: seconds since the epoch. end_orphans: given labels, ends the `docker run` of an earlier life.
+    wall: seconds since the epoch. end_commands: kills those of the engine's commands that have all these words.
     """
 
     dial: Callable[[], AbstractAsyncContextManager[Socket]]
     command: RunCommand
-    end_orphans: Callable[[dict[str, str]], Awaitable[None]]
+    end_commands: Callable[[set[str]], Awaitable[None]]
     wall: Callable[[], float]
     chance: random.Random
-
-
-class Session:
-    """One connection with a server: what is sent goes out in order, a batch at a time."""
-
-    def __init__(self, socket_: Socket) -> None:
-        self._socket = socket_
-        self.version = 2 if socket_.subprotocol == VERSION_2 else 1
-        headers = socket_.response.headers if socket_.response else {}
-        self.server_id: str | None = headers.get(protocol.SERVER_HEADER)
-        self.knows_readings = protocol.READINGS_HEADER in headers
-        self.greeted = False
-        self._outbox: deque[protocol.FromWorker] = deque()
-        self._filled = asyncio.Event()
-
-    @property
-    def busy(self) -> bool:
-        return len(self._outbox) > 0
-
-    def send(self, message: protocol.FromWorker) -> None:
-        self._outbox.append(message)
-        self._filled.set()
-
-    async def run(self, receive: Callable[[protocol.FromServer], None]) -> None:
-        """Write what is sent, and hand over each message that comes, until the connection ends."""
-        writing = asyncio.ensure_future(self._write())
-        try:
-            async for data in self._socket:
-                for message in protocol.decode_from_server(data, self.version):
-                    receive(message)
-        except protocol.ProtocolError as error:
-            log.error("the server sent what can't be read: %s", error)
-            await self._socket.close(1007, str(error)[:100])
-        finally:
-            writing.cancel()
-            await asyncio.gather(writing, return_exceptions=True)
-
-    async def _write(self) -> None:
-        while True:
-            await self._filled.wait()
-            self._filled.clear()
-            while self._outbox:
-                await self._socket.send(self._next_frame())
-
-    def _next_frame(self) -> bytes:
-        if self.version == 1:
-            return protocol.encode(self._outbox.popleft())
-        batch: list[protocol.FromWorker] = []
-        size = 0
-        while self._outbox and size < protocol.BATCH_BYTES:
-            if isinstance(self._outbox[0], Hello) and batch:  # a Hello has a frame of its own
-                break
-            message = self._outbox.popleft()
-            if isinstance(message, Hello):
-                return protocol.encode(message)
-            size += len(message.data) if isinstance(message, Log) else 100
-            batch.append(message)
-        return protocol.encode_batch(batch)
 
 
 class Attempt:
@@ -543,7 +472,8 @@ class Worker:
 
     async def _recover(self, version: int) -> None:
         """Find this worker's containers of this server: adopt what runs, report what ended, remove the rest."""
-        await self.world.end_orphans(self._labels)
+        # Before a `docker run` of an earlier life starts one more container.
+        await self.world.end_commands({"run", *option("--label", self._labels)})
         found = await self.engine.containers(self._labels)
         created = [each.container for each in found if each.state == "created"]
         never_start = await asyncio.gather(*map(self.engine.remove_if_never_started, created))
@@ -577,13 +507,20 @@ class Worker:
                         attempt.send_log(self.session, limit)
 
     async def _sweep(self) -> None:
-        """Remove, now and then, containers that nobody knows."""
+        """Now and then, remove containers that nobody knows, and end commands that hang though theirs has ended."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             labels = self._labels
             for found in await self.engine.containers(labels) if self.server_id else ():
-                if (found.job, found.attempt) not in self.held and labels == self._labels:
+                attempt = self.held.get((found.job, found.attempt))
+                if labels != self._labels:
+                    break
+                if attempt is None:
                     self.cleaner.add(found.container)
+                elif attempt.state in ("running", "unwanted") and attempt.life.hangs(found.state):
+                    log.warning("%s: its container has ended, but its docker command has not: ending it", attempt.title)
+                    for words in ({"run", f"--name={found.container}"}, {"logs", found.container}):
+                        await self.world.end_commands(words)
 
     def running_containers(self) -> list[str]:
         return [attempt.life.container for attempt in self.held.values() if attempt.state in ("running", "unwanted")]
@@ -708,11 +645,11 @@ def real_world(options: argparse.Namespace) -> World:
             logger=quiet_logger(),
         )
 
-    async def end_former(labels: dict[str, str]) -> None:
-        await asyncio.to_thread(end_orphans, labels)
+    async def end(words: set[str]) -> None:
+        await asyncio.to_thread(end_commands, words)
 
     command = DockerCommand(options.docker, options.slots)
-    return World(dial, command, end_former, time.time, random.Random())
+    return World(dial, command, end, time.time, random.Random())
 
 
 async def work(options: argparse.Namespace, name: str) -> int:

@@ -55,6 +55,7 @@ SIMULATED = {
     "concurrency",
     "the slots of who went",
     "slots are counted",
+    "a command that hangs is ended",
     "tags",
     "grace after a start",
     "a key belongs to a body",
@@ -110,7 +111,7 @@ MUTANTS = (
     ),
     Mutant(
         "the newest stays",
-        "jobworker/state.py",
+        "jobworker/retention.py",
         "Store or Schedules",
         '    rows = [row for row in rows if row["id"] not in kept][:limit]\n',
         "",
@@ -243,6 +244,20 @@ MUTANTS = (
         "go_out_at_its_pace",
         "worker.send_jobs(enqueues)",
         "worker.send(*enqueues)",
+    ),
+    Mutant(
+        "a command that hangs is ended",
+        "client.py",
+        "whose_container_has_ended_is_ended or one_that_reads_the_log",
+        "attempt.life.hangs(found.state)",
+        "False",
+    ),
+    Mutant(
+        "nothing but a 0 is a success",
+        "jobworker/container.py",
+        "though_its_log_can_not_be_read",
+        "if not isinstance(code, int):",
+        "if False:",
     ),
     Mutant(
         "offers by free slots",

@@ -33,7 +33,7 @@ import protocol
 import server
 from jobworker import state
 from jobworker.config import Configs, JobConfig, Parameter
-from jobworker.container import Answer, NotStarted, PastDeadline
+from jobworker.container import Answer, NotStarted, PastDeadline, option
 from jobworker.output import LOG_PIECE_BYTES
 from jobworker.store import Store
 
@@ -221,6 +221,7 @@ class Engine:
         self.trouble: str | None = None
         self.mended = asyncio.Event()
         self.busy: set[str] = set()
+        self.hanging: set[str] = set()  # whose `docker run` does nothing more until it is killed
         self.clients: dict[asyncio.Task[Answer], Container] = {}
 
     async def command(
@@ -301,6 +302,8 @@ class Engine:
             told = pass_on(container, told, output)
             if container.state == "running":
                 await changed.wait()
+            if container.name in self.hanging:
+                await asyncio.Event().wait()
         return Answer(container.code)
 
     def _start(self, container: Container) -> None:
@@ -333,9 +336,9 @@ class Engine:
                     line.ended = self.world.now()
             container.change()
 
-    def end_orphans(self, labels: dict[str, str]) -> None:
+    def end_commands(self, words: set[str]) -> None:
         for task, container in list(self.clients.items()):
-            if labels.items() <= container.labels.items():
+            if words <= {"run", f"--name={container.name}", *option("--label", container.labels)}:
                 task.cancel()
 
     def restart(self, kills: bool) -> None:
@@ -575,12 +578,12 @@ class Host:
                 await asyncio.Event().wait()
             return await self.engine.command(*args, **keys)
 
-        async def end_orphans(labels: dict[str, str]) -> None:
-            self.engine.end_orphans(labels)
+        async def end_commands(words: set[str]) -> None:
+            self.engine.end_commands(words)
 
         options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=self.tags)
         options.allow_image = self.engine.allowed
-        outside = client.World(self.dial, command, end_orphans, self.world.wall, self.world.chance)
+        outside = client.World(self.dial, command, end_commands, self.world.wall, self.world.chance)
         worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
         try:
             await worker.run()

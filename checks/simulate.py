@@ -64,7 +64,7 @@ class History(World):
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
             self.go_off_line, self.go_slow, self.go_slow,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
-            self.kill_clients, self.stick, self.prune_images, self.disk_trouble,
+            self.kill_clients, self.hang_clients, self.stick, self.prune_images, self.disk_trouble,
             *[self.post_with_key if self.keep else self.set_clock] * 2, self.post_with_key,
         ]  # fmt: skip
 
@@ -205,6 +205,10 @@ class History(World):
     def kill_clients(self) -> None:
         for task in list(self.chance.choice(self.hosts).engine.clients):
             task.cancel()
+
+    def hang_clients(self) -> None:
+        engine = self.chance.choice(self.hosts[:2]).engine  # the original's worker would wait for ever
+        engine.hanging |= {container.name for container in engine.clients.values()}
 
     def stick(self) -> None:
         engine = self.chance.choice(self.hosts).engine

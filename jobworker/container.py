@@ -113,9 +113,7 @@ class Engine:
                 problem = answer.err.strip() or f"exit code {answer.code}"
             if clock() > give_up_at:
                 raise EngineAway(problem)
-            if problem != said:
-                log.warning("docker %s did not get an answer; trying again: %s", words[0], problem)
-            said = problem
+            said = complain(words[0], problem, said)
             await asyncio.sleep(delay)
         raise AssertionError
 
@@ -230,6 +228,7 @@ class Engine:
     async def containers(self, labels: dict[str, str]) -> list[Found]:
         """Give the containers with these labels. Waits until the engine has told of each."""
         filters = [f"--filter=label={key}={value}" for key, value in labels.items()]
+        said = ""
         for delay in backoff():
             ids = (await self.retry_until_answered("ps", "--all", "--quiet", "--no-trunc", *filters)).out.split()
             if not ids:
@@ -239,6 +238,7 @@ class Engine:
             absent = sum(bool(ABSENT.search(line)) for line in err.splitlines()) if code > 0 else 0
             if len(listed) + absent >= len(ids):
                 return [found for each in listed if (found := read_found(each))]
+            said = complain("inspect", err.strip() or f"it says {out[:100]!r}", said)
             await asyncio.sleep(delay)
         raise AssertionError
 
@@ -311,6 +311,13 @@ def backoff() -> Iterator[float]:
     while True:
         yield delay
         delay = min(delay * 2, ENGINE_RETRY_CEILING_SECONDS)
+
+
+def complain(verb: str, problem: str, said: str) -> str:
+    """Tell why a command is tried again, unless that was `said` the last time; give the problem."""
+    if problem != said:
+        log.warning("docker %s did not get an answer; trying again: %s", verb, problem)
+    return problem
 
 
 def is_absent(name: str, complaint: str) -> bool:
@@ -460,7 +467,9 @@ def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     """Give the exit code and the failure's reason from `docker inspect`'s State of a container that does not run."""
     if state.get("Status") in NEVER_STARTED or str(state.get("StartedAt")).startswith("0001-"):
         return None, "docker"  # it never started
-    code = int(state.get("ExitCode") or 0)
+    code = state.get("ExitCode")
+    if not isinstance(code, int):
+        return None, "docker"  # nothing but a 0 is a success
     return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
 
 

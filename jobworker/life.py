@@ -66,6 +66,7 @@ class Life:
         self._over = asyncio.Event()  # ended, or let go
         self.pulling = ""  # the image that is being pulled
         self._stopping: asyncio.Task[None] | None = None
+        self._looked_at = ("", 0)
 
     @property
     def config(self) -> Config:
@@ -88,6 +89,14 @@ class Life:
     def is_too_old(self) -> bool:
         timeout = self.config.get("timeout")
         return bool(timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout)
+
+    def hangs(self, status: str) -> bool:
+        """Whether its container had ended at the last look, too, and nothing has come of that since.
+
+        status: the container's, at this look.
+        """
+        before, self._looked_at = self._looked_at, (status, self.output.end)
+        return before == self._looked_at and not is_running({"Status": status}) and status not in NEVER_STARTED
 
     def leave(self) -> None:
         """It has ended, or nobody wants its end any more: whoever stops it or pulls its image gives up."""

@@ -111,6 +111,24 @@ class TestHangingCommands(WithAJob):
         until(lambda: stage.docker.containers() == [])
 
     @meanwhile
+    def test_a_run_whose_container_has_ended_is_ended(self, stage: Stage) -> None:
+        server, worker, job = TestHangingCommands.begin(stage)
+        [client] = stage.docker.clients(job)
+        os.kill(client, signal.SIGSTOP)
+        TestHangingCommands.end(stage, server, job, 100)
+        assert worker.said("its docker command has not")
+
+    @meanwhile
+    def test_so_is_one_that_reads_the_log(self, stage: Stage) -> None:
+        server, worker, job = TestHangingCommands.begin(stage)
+        worker.kill()
+        worker.start()
+        until(lambda: stage.docker.calls("logs"))
+        [reader] = stage.docker.calls("logs")
+        os.kill(reader, signal.SIGSTOP)
+        TestHangingCommands.end(stage, server, job, 100)
+
+    @meanwhile
     def test_one_that_removes_holds_up_no_other(self, stage: Stage) -> None:
         server, _worker, job = TestHangingCommands.begin(stage)
         [name] = stage.docker.containers()

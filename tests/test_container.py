@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 
 from client import DockerCommand
 from jobworker.config import JobConfig
-from jobworker.container import FLAGS, Command, Engine, docker_run_command, is_absent
+from jobworker.container import FLAGS, Command, Engine, Found, docker_run_command, is_absent
 from jobworker.life import allows
 from tests.stage import (
     Docker,
     Server,
     Stage,
+    until,
 )
 from tests.test_config import job_of
 
@@ -302,3 +303,26 @@ class TestContainer:
         assert server.ended(job)["success"]
         assert server.log(job).endswith(b"/nowhere\n")
         assert "/nowhere" not in stage.docker.ledger("run", job)[0][2]
+
+
+class TestContainersOfAWorker:
+    @pytest.mark.parametrize("problem", ["echo WARNING: some banner", "echo Error: layer not known >&2; exit 1"])
+    def test_what_keeps_the_engine_from_telling_of_each_is_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture, problem: str
+    ) -> None:
+        docker, mended = tmp_path / "docker", tmp_path / "mended"
+        answer = '[{"Name": "/c", "State": {"Status": "exited"}, "Config": {"Labels": %s}}]'
+        labels = '{"jobworker.job": "7", "jobworker.attempt": "1", "jobworker.name": "a"}'
+        inspect = f"if [ -e {mended} ]; then echo '{answer % labels}'; else {problem}; fi"
+        docker.write_text(f"#!/bin/sh\n[ $1 = ps ] && echo c && exit\n{inspect}\n")
+        docker.chmod(0o755)
+
+        async def play() -> list[Found]:
+            asking = asyncio.ensure_future(Engine(DockerCommand(str(docker), 1)).containers({}))
+            await asyncio.to_thread(until, lambda: caplog.messages)
+            mended.touch()
+            return await asyncio.wait_for(asking, 20)
+
+        assert asyncio.run(play()) == [Found(7, 1, "exited", "c", "a")]
+        [said] = caplog.messages
+        assert re.match("docker inspect did not get an answer; trying again: .*(some banner|layer not known)", said)

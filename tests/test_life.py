@@ -65,6 +65,9 @@ class TestLife:
         ("state", "end"),
         [
             ({"ExitCode": 0, "StartedAt": "0001-01-01T00:00:00Z"}, End(None, "docker")),
+            ({"StartedAt": "2026-01-31T12:00:00Z"}, End(None, "docker")),
+            ({"ExitCode": None, "StartedAt": "2026-01-31T12:00:00Z"}, End(None, "docker")),
+            ({"ExitCode": "0", "StartedAt": "2026-01-31T12:00:00Z"}, End(None, "docker")),
             ({"ExitCode": 3, "StartedAt": "2026-01-31T12:00:00Z"}, End(3, "exit")),
         ],
     )
