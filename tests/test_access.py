@@ -61,25 +61,18 @@ def command_lines() -> str:
     return "\n".join(found)
 
 
-class TestAccess:
-    """Each test tries to get in where it should not, or to see what it should not."""
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with contextlib.closing(Stage(tmp_path_factory.mktemp("guarded"))) as stage:
+        tokens = f"# who may what\napi {KEY}\napi other-0123456789\n\nworker iamone-0123456789\n"
+        (stage.folder / "tokens").write_text(tokens)
+        server = stage.server("--hold", "--token-file", str(stage.folder / "tokens"))
+        server.http("POST", "/api/jobs/quick", headers=bearer(KEY))
+        yield server
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def guarded(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        with contextlib.closing(Stage(tmp_path_factory.mktemp("guarded"))) as stage:
-            (stage.folder / "tokens").write_text(
-                f"# who may what\napi {KEY}\napi other-0123456789\n\nworker iamone-0123456789\n"
-            )
-            server = stage.server("--hold", "--token-file", str(stage.folder / "tokens"))
-            server.http("POST", "/api/jobs/quick", headers=bearer(KEY))
-            yield server
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def open_server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-        with contextlib.closing(Stage(tmp_path_factory.mktemp("open"))) as stage:
-            yield stage.server("--hold")
+class TestTokens:
+    """Each test tries to get in where it should not."""
 
     @pytest.mark.parametrize(("method", "path"), GUARDED)
     def test_no_route_is_open_without_a_token(self, guarded: Server, method: str, path: str) -> None:
@@ -179,6 +172,10 @@ class TestAccess:
         assert KEY not in refused.stderr
         assert "Traceback" not in refused.stderr
 
+
+class TestAddresses:
+    """Who is not on this machine, or calls it by another's name."""
+
     @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "jobs.example"])
     def test_no_address_but_loopback_is_served_without_tokens(self, stage: Stage, host: str) -> None:
         stage.jobs.write_text(JOBS)
@@ -186,9 +183,9 @@ class TestAccess:
         assert refused.returncode == 2
         assert "--insecure" in refused.stderr
 
-    def test_it_listens_on_loopback_alone(self, open_server: Server) -> None:
+    def test_it_listens_on_loopback_alone(self, idle: Server) -> None:
         table = Path("/proc/net/tcp").read_text()
-        local = re.findall(rf" ([0-9A-F]{{8}}):{open_server.port:04X} [0-9A-F]+:0000 0A ", table)
+        local = re.findall(rf" ([0-9A-F]{{8}}):{idle.port:04X} [0-9A-F]+:0000 0A ", table)
         assert local == ["0100007F"]
 
     @pytest.mark.parametrize(
@@ -208,14 +205,18 @@ class TestAccess:
             "localhost:1:2",
         ],
     )
-    def test_a_name_of_anothers_is_not_served(self, open_server: Server, host: str) -> None:
+    def test_a_name_of_anothers_is_not_served(self, idle: Server, host: str) -> None:
         for method, path in (("GET", "/api/jobs"), ("POST", "/api/jobs/quick"), ("GET", "/")):
-            problem(open_server.http(method, path, headers={"Host": host}), 403)
-        assert open_server.get("/api/jobs") == []
+            problem(idle.http(method, path, headers={"Host": host}), 403)
+        assert idle.get("/api/jobs") == []
 
     @pytest.mark.parametrize("host", ["localhost", "LocalHost:8080", "127.0.0.1", "[::1]:9", "192.0.2.7:80"])
-    def test_a_name_or_address_of_its_own_is_served(self, open_server: Server, host: str) -> None:
-        assert open_server.http("GET", "/api/jobs", headers={"Host": host}).status == 200
+    def test_a_name_or_address_of_its_own_is_served(self, idle: Server, host: str) -> None:
+        assert idle.http("GET", "/api/jobs", headers={"Host": host}).status == 200
+
+
+class TestOtherSites:
+    """A page of another site, in the browser of somebody who may."""
 
     @pytest.mark.parametrize(
         "headers",
@@ -246,10 +247,10 @@ class TestAccess:
         problem(guarded.http("GET", "/api/jobs", headers=headers), 403)
         assert guarded.http("GET", "/api/jobs", headers=bearer(KEY)).body == before
 
-    def test_no_page_is_told_that_it_may_read(self, open_server: Server) -> None:
+    def test_no_page_is_told_that_it_may_read(self, idle: Server) -> None:
         for method in ("GET", "OPTIONS"):
             headers = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
-            reply = open_server.http(method, "/api/jobs", headers=headers)
+            reply = idle.http(method, "/api/jobs", headers=headers)
             assert not [name for name in reply.headers if name.lower().startswith("access-control")]
 
     @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1"])
@@ -266,6 +267,10 @@ class TestAccess:
                 )
             assert refused.value.response.status_code == 403
         assert guarded.http("GET", "/api/workers", headers=bearer(KEY)).json == []
+
+
+class TestWorkers:
+    """Who may be a worker, and what a worker's owner lets it run."""
 
     @pytest.mark.parametrize("headers", [{}, bearer(KEY), bearer(""), {"Authorization": "iamone-0123456789"}], ids=str)
     def test_no_worker_without_a_workers_token(self, guarded: Server, headers: dict[str, str]) -> None:
@@ -321,6 +326,10 @@ class TestAccess:
             ended(server)
         run = [words for _, _, _, *words in stage.docker.ledger("run")]
         assert not [words for words in run if "evil" in words]
+
+
+class TestSecrets:
+    """Each test tries to see what it should not."""
 
     def test_a_jobs_secrets_are_nowhere_to_be_seen(self, stage: Stage) -> None:
         server = stage.server("--verbose", jobs=SECRETIVE)

@@ -121,9 +121,8 @@ def arrival(name: str, held: Any = (), since: float = 0.0) -> Arrival:
     return Arrival(name, 2, 1, (), "127.0.0.1:5", "0", since, tuple(held))
 
 
-class StoreHistories(RuleBasedStateMachine):
-    workers_seen = Bundle("workers_seen")
-    attempts_seen = Bundle("attempts_seen")  # (worker, job, attempt), as a worker would name it; most go stale
+class StoreBesideModel(RuleBasedStateMachine):
+    """The store, the model that it must equal, and what must hold after every step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -160,17 +159,105 @@ class StoreHistories(RuleBasedStateMachine):
 
         return self.store.do(note_orders).result(10)
 
-    @initialize(target=attempts_seen)
-    def two_workers_with_a_job_each(self) -> Any:
-        """Begin where it gets interesting: random steps alone seldom come so far."""
-        self.connect("a", [], True)
-        self.connect("b", [], True)
-        self.add([NewJob("once"), NewJob("again"), NewJob("alone")])
-        held = self.claim([1, 1, 1], [set(RETRIES)] * 3)
-        self.start(held.values[0])
-        return held
+    def counts(self) -> dict[str, int]:
+        counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
+        return counts
 
-    # the people
+    def follow(self) -> None:
+        """What has ended by itself, and for good, has had its follow-up queued, once."""
+        told = {job.cause for job in self.jobs.values()} | self.forgotten_causes
+        for job in list(self.jobs.values()):
+            follower = RULES.follow_up(job.name, job.state)
+            if follower and job.reason != "gone" and job.id not in told:
+                self.last_id += 1
+                self.jobs[self.last_id] = Model(self.last_id, follower[0], follower[2], None, cause=job.id)
+
+    @invariant()
+    def the_workers_are_known(self) -> None:
+        found = {row["id"]: (row["name"], jobs) for row, jobs in self.do(state_module.workers) if row["connected"]}
+        active = [job for job in self.jobs.values() if job.state in ACTIVE]
+        assert found == {
+            worker: (name, sorted(job.id for job in active if job.worker == worker))
+            for worker, name in self.connected.items()
+        }
+
+    @invariant()
+    def free_slots_are_those_without_a_job(self) -> None:
+        slots = self.store._database.slots
+        held = Counter(job.worker for job in self.jobs.values() if job.state in ACTIVE)
+        assert {w: slots[w].free for w in self.connected} == {w: 1 - held[w] for w in self.connected}
+
+    @invariant()
+    def rows_equal_the_model(self) -> None:
+        rows = {row["id"]: row for row in self.do(lists.page, lists.Wanted(), 10**6)}
+        assert list(rows) == sorted(self.jobs)
+        for job in self.jobs.values():
+            row = rows[job.id]
+            for key in (
+                "name",
+                "priority",
+                "state",
+                "attempt",
+                "failures",
+                "worker",
+                "exit_code",
+                "reason",
+                "not_before",
+                "cause",
+            ):
+                assert row[key] == getattr(job, key), (job, dict(row))
+            for key in ("started_at", "finished_at", "log_bytes"):
+                assert row[key] == getattr(job, key), (job, dict(row))
+            assert bool(row["cancelling"]) == job.cancelling
+            kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(state_module.attempts, job.id)]
+            assert kept == job.kept
+        assert self.counts() == {
+            state: sum(j.state == state for j in self.jobs.values()) for state in state_module.STATES
+        }
+        self.promises(rows)
+
+    def promises(self, rows: dict[int, Any]) -> None:
+        for number, row in rows.items():
+            state, attempt = row["state"], row["attempt"]
+            whole = tuple(row)
+            old_state, old_attempt, old = self.before.get(number, (state, attempt, whole))
+            through = "running" if old_state == "assigned" else old_state  # a result may come without its start
+            assert state == old_state or (old_state, state) in EDGES or (through, state) in EDGES
+            assert attempt >= old_attempt
+            assert old == whole or old_state not in FINAL, "a final job changed"
+            assert (row["worker"] is not None) or state not in ACTIVE
+            assert row["failures"] <= RETRIES[row["name"]]
+            assert self.jobs[number].starts <= RETRIES[row["name"]] + 1, "started more often than allowed"
+            assert (row["finished_at"] is not None) == (state in FINAL)
+            assert state not in ACTIVE or row["worker"] in self.expected, (
+                "a job waits for a worker that is not expected"
+            )
+            self.before[number] = state, attempt, whole
+        for name, limit in LIMITS.items():
+            assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
+            assert self.do(state_module.what_waits_for, [name])[1][name] <= limit
+
+    @invariant()
+    def logs_hold_head_and_tail(self) -> None:
+        for job in self.jobs.values():
+            for attempt, wanted in job.logs.items():
+                got: dict[int, bytes] = {}
+                offset = 0
+                while pieces := self.do(logs.read_log, job.id, attempt, offset):
+                    for start, data in pieces:
+                        assert start >= offset
+                        got |= {start + n: data[n : n + 1] for n in range(len(data))}
+                        offset = start + len(data)
+                assert all(wanted.get(n) == byte for n, byte in got.items()), "a byte that was never written there"
+                end = max(wanted) + 1
+                for n in wanted:
+                    if n < 24 or n >= end - (24 - 9) or end <= 48:
+                        assert n in got, f"byte {n} of {end} is gone"
+                assert len(got) <= 48 + 9 + 9
+
+
+class WhatPeopleDo(StoreBesideModel):
+    """Jobs are queued, cancelled, and gone from jobs.yaml."""
 
     @rule(
         jobs=st.lists(
@@ -253,7 +340,22 @@ class StoreHistories(RuleBasedStateMachine):
             job.not_before = None
             job.finish("cancelled", self.now, None, "cancelled")
 
-    # the workers
+
+class StoreHistories(WhatPeopleDo):
+    """Workers come, work and go; time passes, and the server starts anew."""
+
+    workers_seen = Bundle("workers_seen")
+    attempts_seen = Bundle("attempts_seen")  # (worker, job, attempt), as a worker would name it; most go stale
+
+    @initialize(target=attempts_seen)
+    def two_workers_with_a_job_each(self) -> Any:
+        """Begin where it gets interesting: random steps alone seldom come so far."""
+        self.connect("a", [], True)
+        self.connect("b", [], True)
+        self.add([NewJob("once"), NewJob("again"), NewJob("alone")])
+        held = self.claim([1, 1, 1], [set(RETRIES)] * 3)
+        self.start(held.values[0])
+        return held
 
     @rule(
         target=workers_seen,
@@ -314,15 +416,6 @@ class StoreHistories(RuleBasedStateMachine):
         for job in mine:
             job.lose(self.now)
         self.follow()
-
-    def follow(self) -> None:
-        """What has ended by itself, and for good, has had its follow-up queued, once."""
-        told = {job.cause for job in self.jobs.values()} | self.forgotten_causes
-        for job in list(self.jobs.values()):
-            follower = RULES.follow_up(job.name, job.state)
-            if follower and job.reason != "gone" and job.id not in told:
-                self.last_id += 1
-                self.jobs[self.last_id] = Model(self.last_id, follower[0], follower[2], None, cause=job.id)
 
     @precondition(lambda self: self.connected)
     @rule(
@@ -474,95 +567,6 @@ class StoreHistories(RuleBasedStateMachine):
         assert (self.store.server_id, self.counts()) == (identity, counts)
         may_come_back = {(worker, self.names[worker], 2) for worker in self.expected}
         assert set(self.do(state_module.resume, 1e9)) == may_come_back
-
-    def counts(self) -> dict[str, int]:
-        counts: dict[str, int] = self.do(state_module.overview, self.now)["jobs"]
-        return counts
-
-    # what must hold after every step
-
-    @invariant()
-    def the_workers_are_known(self) -> None:
-        found = {row["id"]: (row["name"], jobs) for row, jobs in self.do(state_module.workers) if row["connected"]}
-        active = [job for job in self.jobs.values() if job.state in ACTIVE]
-        assert found == {
-            worker: (name, sorted(job.id for job in active if job.worker == worker))
-            for worker, name in self.connected.items()
-        }
-
-    @invariant()
-    def free_slots_are_those_without_a_job(self) -> None:
-        slots = self.store._database.slots
-        held = Counter(job.worker for job in self.jobs.values() if job.state in ACTIVE)
-        assert {w: slots[w].free for w in self.connected} == {w: 1 - held[w] for w in self.connected}
-
-    @invariant()
-    def rows_equal_the_model(self) -> None:
-        rows = {row["id"]: row for row in self.do(lists.page, lists.Wanted(), 10**6)}
-        assert list(rows) == sorted(self.jobs)
-        for job in self.jobs.values():
-            row = rows[job.id]
-            for key in (
-                "name",
-                "priority",
-                "state",
-                "attempt",
-                "failures",
-                "worker",
-                "exit_code",
-                "reason",
-                "not_before",
-                "cause",
-            ):
-                assert row[key] == getattr(job, key), (job, dict(row))
-            for key in ("started_at", "finished_at", "log_bytes"):
-                assert row[key] == getattr(job, key), (job, dict(row))
-            assert bool(row["cancelling"]) == job.cancelling
-            kept = [(r["attempt"], r["exit_code"], r["reason"]) for r in self.do(state_module.attempts, job.id)]
-            assert kept == job.kept
-        assert self.counts() == {
-            state: sum(j.state == state for j in self.jobs.values()) for state in state_module.STATES
-        }
-        self.promises(rows)
-
-    def promises(self, rows: dict[int, Any]) -> None:
-        for number, row in rows.items():
-            state, attempt = row["state"], row["attempt"]
-            whole = tuple(row)
-            old_state, old_attempt, old = self.before.get(number, (state, attempt, whole))
-            through = "running" if old_state == "assigned" else old_state  # a result may come without its start
-            assert state == old_state or (old_state, state) in EDGES or (through, state) in EDGES
-            assert attempt >= old_attempt
-            assert old == whole or old_state not in FINAL, "a final job changed"
-            assert (row["worker"] is not None) or state not in ACTIVE
-            assert row["failures"] <= RETRIES[row["name"]]
-            assert self.jobs[number].starts <= RETRIES[row["name"]] + 1, "started more often than allowed"
-            assert (row["finished_at"] is not None) == (state in FINAL)
-            assert state not in ACTIVE or row["worker"] in self.expected, (
-                "a job waits for a worker that is not expected"
-            )
-            self.before[number] = state, attempt, whole
-        for name, limit in LIMITS.items():
-            assert sum(row["name"] == name and row["state"] in ACTIVE for row in rows.values()) <= limit
-            assert self.do(state_module.what_waits_for, [name])[1][name] <= limit
-
-    @invariant()
-    def logs_hold_head_and_tail(self) -> None:
-        for job in self.jobs.values():
-            for attempt, wanted in job.logs.items():
-                got: dict[int, bytes] = {}
-                offset = 0
-                while pieces := self.do(logs.read_log, job.id, attempt, offset):
-                    for start, data in pieces:
-                        assert start >= offset
-                        got |= {start + n: data[n : n + 1] for n in range(len(data))}
-                        offset = start + len(data)
-                assert all(wanted.get(n) == byte for n, byte in got.items()), "a byte that was never written there"
-                end = max(wanted) + 1
-                for n in wanted:
-                    if n < 24 or n >= end - (24 - 9) or end <= 48:
-                        assert n in got, f"byte {n} of {end} is gone"
-                assert len(got) <= 48 + 9 + 9
 
 
 TestStoreHistories = StoreHistories.TestCase
