@@ -202,6 +202,15 @@ class Attempt:
         """Let it run to its end, of which nobody is told."""
         self._move("let go")
 
+    def on_tick(self, session: Session | None) -> None:
+        """End it where its time is over; tell the server what is new of it."""
+        if self.life.is_too_old():
+            self.stop("timeout")
+        if session and session.version == 2 and not session.busy:
+            self.tell_pull(session)
+            # A flood is thinned out here: the rest of its middle never leaves this machine.
+            self.send_log(session, LOG_PIECE_BYTES if self.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES)
+
     def agrees(self, session: Session) -> bool:
         """Whether the server means this reading of the log, when it speaks of an offset."""
         return not session.knows_readings or self.life.output.in_force
@@ -498,13 +507,7 @@ class Worker:
             self.cleaner.start(idle=not self.held)
             for attempt in list(self.held.values()):
                 if attempt.state == "running":
-                    if attempt.life.is_too_old():
-                        attempt.stop("timeout")
-                    # A flood is thinned out here: the rest of its middle never leaves this machine.
-                    if self.session and self.session.version == 2 and not self.session.busy:
-                        limit = LOG_PIECE_BYTES if attempt.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
-                        attempt.tell_pull(self.session)
-                        attempt.send_log(self.session, limit)
+                    attempt.on_tick(self.session)
 
     async def _sweep(self) -> None:
         """Now and then, remove containers that nobody knows, and end commands that hang though theirs has ended."""
