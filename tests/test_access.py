@@ -354,7 +354,7 @@ class TestSecrets:
         assert SECRET not in server.stderr + worker.stderr + (stage.docker.folder / "ledger").read_text()
 
     def test_tokens_are_nowhere_to_be_seen(self, stage: Stage) -> None:
-        api_token, worker_token = "apitoken-apitoken-0815", "workertoken-0815"
+        api_token, worker_token = "apitoken-apitoken-hush", "workertoken-hush"
         (stage.folder / "tokens").write_text(f"api {api_token}\nworker {worker_token}\n")
         (stage.folder / "token").write_text(f"{worker_token}\n")
         server = stage.server("--verbose", "--token-file", str(stage.folder / "tokens"))
@@ -363,8 +363,8 @@ class TestSecrets:
         job = server.http("POST", "/api/jobs/sh?wait=10&full=1", body, headers=bearer(api_token))
         assert job.json["success"]
         server.http("GET", "/api/jobs", headers=bearer(f"{api_token}x"))
-        assert "0815" not in command_lines()
-        self.assert_unseen("0815", stage, server, worker, [job.json["id"]], bearer(api_token))
+        assert "hush" not in command_lines()
+        self.assert_unseen("hush", stage, server, worker, [job.json["id"]], bearer(api_token))
 
     def assert_unseen(
         self,

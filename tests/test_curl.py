@@ -185,6 +185,7 @@ class TestBulk:
 
             def clock() -> float:
                 if now := next(pieces):
+                    store.do(state.detach, worker, 0.0, now).result()
                     store.do(state.lose, worker, now, configs).result()
                 return now
 
