@@ -26,10 +26,11 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -37,7 +38,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NoReturn
 
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
@@ -102,6 +103,8 @@ BACKOFF_CEILING_SECONDS = 3.0
 STEADY_SECONDS = 5
 SWEEP_SECONDS = 30
 KILL_SECONDS = 5
+MAX_THREADS = 20_000
+UNSENT_BYTES = 64 * 1024
 
 Result = JobSuccess | JobFailure
 OnEnd = Callable[["Attempt"], None]
@@ -254,6 +257,7 @@ class Worker:
         self.cleaner = Cleaner(self.engine)
         self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
+        self.living: set[Attempt] = set()  # whose life goes on, held or let go
         self.configs: dict[str, dict[str, Any]] = {}  # the attempts' lives have this very dict
         self.server_id: str | None = None
         self.session: Session | None = None
@@ -325,12 +329,9 @@ class Worker:
             for attempt in list(self.held.values()) if self.server_id else ():
                 self._leave_behind(attempt, runs_on=not is_another)
         if is_another:
+            self.server_id = None  # until all its containers are held: what nobody knows is swept away
+            await self._recover(session.version, server_id)
             self.server_id = server_id
-            try:
-                await self._recover(session.version)
-            except BaseException:
-                self.server_id = None  # the next connection has to look again
-                raise
         self.session = session
         if session.version == 2:
             self._say_hello(session)
@@ -436,7 +437,8 @@ class Worker:
     def _start(self, attempt: Attempt) -> None:
         version = self.session.version if self.session else 2
         log.info("%s starts, as %s", attempt.title, attempt.life.container)
-        attempt.run(self._labels, self.options.allow_image, version, self._on_end)
+        self.living.add(attempt)
+        attempt.run(self._labels(self.server_id), self.options.allow_image, version, self._on_end)
 
     def _go_on(self, attempt: Attempt, offset: int) -> None:
         """The server has an attempt's log up to an offset; after a new connection, it also waits for the rest of it."""
@@ -454,6 +456,7 @@ class Worker:
                 self._let_go(attempt)
 
     def _on_end(self, attempt: Attempt) -> None:
+        self.living.discard(attempt)
         if attempt.state == "settled":  # let go while it ran
             self.cleaner.add(attempt.life.container)
             if self.held.get(attempt.key) is attempt:
@@ -475,15 +478,15 @@ class Worker:
         self._ask()
         self._leave_if_drained()
 
-    @property
-    def _labels(self) -> dict[str, str]:
-        return {"jobworker.server": str(self.server_id), "jobworker.worker": self.name}
+    def _labels(self, server_id: str | None) -> dict[str, str]:
+        return {"jobworker.server": str(server_id), "jobworker.worker": self.name}
 
-    async def _recover(self, version: int) -> None:
+    async def _recover(self, version: int, server_id: str) -> None:
         """Find this worker's containers of this server: adopt what runs, report what ended, remove the rest."""
+        labels = self._labels(server_id)
         # Before a `docker run` of an earlier life starts one more container.
-        await self.world.end_commands({"run", *option("--label", self._labels)})
-        found = await self.engine.containers(self._labels)
+        await self.world.end_commands({"run", *option("--label", labels)})
+        found = await self.engine.containers(labels)
         created = [each.container for each in found if each.state == "created"]
         never_start = await asyncio.gather(*map(self.engine.remove_if_never_started, created))
         gone = {container for container, never in zip(created, never_start, strict=True) if never}
@@ -496,6 +499,7 @@ class Worker:
                 continue
             attempt = self._hold((job, number), name, container, {}, reading=None)
             log.info("%s: found its container, %s", attempt.title, state)
+            self.living.add(attempt)
             attempt.adopt(self.world.wall, self._on_end)
 
     # Clock and signals
@@ -513,16 +517,18 @@ class Worker:
         """Now and then, remove containers that nobody knows, and end commands that hang though theirs has ended."""
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
-            labels = self._labels
-            for found in await self.engine.containers(labels) if self.server_id else ():
-                attempt = self.held.get((found.job, found.attempt))
-                if labels != self._labels:
-                    break
-                if attempt is None:
-                    self.cleaner.add(found.container)
-                elif attempt.state in ("running", "unwanted") and attempt.life.hangs(found.state):
-                    log.warning("%s: its container has ended, but its docker command has not: ending it", attempt.title)
-                    for words in ({"run", f"--name={found.container}"}, {"logs", found.container}):
+            server_id = self.server_id
+            found = await self.engine.containers(self._labels(server_id)) if server_id else []
+            if server_id is None or server_id != self.server_id:
+                continue
+            for each in found:
+                if (each.job, each.attempt) not in self.held:
+                    self.cleaner.add(each.container)
+            states = {each.container: each.state for each in found}
+            for attempt in [each for each in self.living if each.life.hangs(states.get(each.life.container))]:
+                log.warning("%s: its container has ended, but its docker command has not: ending it", attempt.title)
+                for words in ({"run", f"--name={attempt.life.container}"}, {"logs", attempt.life.container}):
+                    with contextlib.suppress(NotStarted):
                         await self.world.end_commands(words)
 
     def running_containers(self) -> list[str]:
@@ -553,10 +559,10 @@ class Worker:
 class DockerCommand:
     """Runs the docker command: `docker run` in a thread, which it blocks until the container has ended, others not."""
 
-    def __init__(self, command: str, slots: int) -> None:
+    def __init__(self, command: str) -> None:
         self._docker = command
         self._environment = dict(os.environb)
-        self._threads = ThreadPoolExecutor(slots, "run")
+        self._threads = ThreadPoolExecutor(MAX_THREADS, "run")  # one that hangs takes no other's place
 
     async def __call__(
         self,
@@ -633,8 +639,9 @@ class DockerCommand:
 
 
 def real_world(options: argparse.Namespace) -> World:
-    def dial() -> connect:
-        return connect(
+    @contextlib.asynccontextmanager
+    async def dial() -> AsyncIterator[ClientConnection]:
+        connecting = connect(
             options.uri,
             subprotocols=[Subprotocol(VERSION_2)],
             additional_headers={"Authorization": f"Bearer {options.token}"} if options.token else None,
@@ -647,12 +654,20 @@ def real_world(options: argparse.Namespace) -> World:
             close_timeout=2,
             logger=quiet_logger(),
         )
+        async with connecting as connection:
+            # On a slow link a pong waits for what the kernel holds, which could be megabytes of a log.
+            connection.transport.get_extra_info("socket").setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES
+            )
+            yield connection
 
     async def end(words: set[str]) -> None:
-        await asyncio.to_thread(end_commands, words)
+        try:
+            await asyncio.to_thread(end_commands, words)
+        except RuntimeError as error:  # no more threads
+            raise NotStarted(*error.args) from error
 
-    command = DockerCommand(options.docker, options.slots)
-    return World(dial, command, end, time.time, random.Random())
+    return World(dial, DockerCommand(options.docker), end, time.time, random.Random())
 
 
 async def work(options: argparse.Namespace, name: str) -> int:

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import websockets.http11
 from websockets.asyncio.server import ServerConnection, broadcast
@@ -45,6 +45,7 @@ from jobworker.options import (
     OptionError,
     check_host,
     command_line,
+    end_at_once,
     port_number,
     quiet_logger,
     raise_limit_of_files,
@@ -76,7 +77,7 @@ from protocol import (
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_SILENT = 512  # connections that have said nothing yet; of more, the oldest are ended
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
-ENOUGH_UNREAD_BYTES = 1024 * 1024  # with that much to read, a worker is sent no further job
+ENOUGH_UNREAD_BYTES = 64 * 1024  # with that much to read, a worker is sent no further job: a ping comes after it
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
 TICK_SECONDS = 0.25
@@ -160,6 +161,10 @@ class ConnectedWorker:
         """Write what waits, up to ENOUGH_UNREAD_BYTES. A job that is cancelled meanwhile goes out, and gets no Go."""
         while self._claimed and self.socket.transport.get_write_buffer_size() < ENOUGH_UNREAD_BYTES:
             self.write(self.socket, self._claimed.popleft())
+
+    def forget_claimed(self) -> None:
+        """What waits was claimed before the store settled what this worker holds: it is queued again."""
+        self._claimed.clear()
 
     def send_configs(self, configs: Configs, frames: dict[int, bytes]) -> None:
         """Write the configuration, in the frame of its version, where it is not what was sent last."""
@@ -252,6 +257,7 @@ class Dispatcher:
                         await self._on_second_hello(worker, messages)
                     else:
                         self._on_reports(worker, messages, len(data))
+                    worker.send_claimed()
                     while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
                         self._stored.clear()
                         await self._stored.wait()
@@ -314,6 +320,7 @@ class Dispatcher:
         await taken_over
 
     def _take_over(self, worker: ConnectedWorker, wanted: list[HeldAttempt]) -> None:
+        worker.forget_claimed()
         worker.jobs = {held.id: held.attempt for held in wanted}
         self._replace(self.workers.get(worker.id), worker)
         self.away.pop(worker.id, None)
@@ -487,10 +494,23 @@ class Core:
         self.dispatcher = Dispatcher(store, configs, options.grace, self.clock, outside.chance, outside.write)
         self._keep: float = options.keep
         self._scheduler = Scheduler(store, self.clock)
+        self._shift = 0.0  # of the clock, in seconds, which the delays do not know yet
 
     def _on_jump(self, seconds: float, now: float) -> None:
         log.warning("the clock was set %s by %.0f s", "ahead" if seconds > 0 else "back", abs(seconds))
-        self.store.do(state.shift_delays, seconds, now)
+        self._shift += seconds
+        self._write_shift(now)
+
+    def _write_shift(self, now: float) -> None:
+        """Have the delays follow the clock; the next tick tries again where that could not be written."""
+        seconds, self._shift = self._shift, 0.0
+
+        def written(result: object) -> None:
+            if isinstance(result, Exception):
+                self._shift += seconds
+
+        if seconds:
+            self.store.do_then(written, state.shift_delays, seconds, now)
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""
@@ -535,6 +555,7 @@ class Core:
         log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
 
     def _tick(self) -> None:
+        self._write_shift(self.clock())
         if self.store.error:
             self.store.do(state.probe)
         else:
@@ -728,7 +749,7 @@ def main() -> int:
         return 2
     gc.freeze()  # what is imported stays: no collection has to walk it
     try:
-        return asyncio.run(serve(options, jobs))
+        asyncio.run(serve(options, jobs))
     except StoreError as error:
         log.critical("%s", error)
     except OSError as error:
@@ -736,8 +757,9 @@ def main() -> int:
     return 1
 
 
-async def serve(options: argparse.Namespace, jobs: Iterable[JobConfig]) -> int:
-    return await Server(options, jobs).run()
+async def serve(options: argparse.Namespace, jobs: Iterable[JobConfig]) -> NoReturn:
+    """Serve to the end of the process: a thread may still wait for a jobs.yaml that can't be read."""
+    end_at_once(await Server(options, jobs).run())
 
 
 if __name__ == "__main__":

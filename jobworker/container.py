@@ -90,27 +90,34 @@ class Engine:
     def __init__(self, command: RunCommand) -> None:
         self._command = command
         self.images: set[str] = set()  # known to be here
+        self._tells_states = False  # its `inspect` has given one
         self._pulling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def retry_until_answered(
-        self, *words: str, about: str = "", patience: float = math.inf, deadline: float = ANSWER_SECONDS
+        self,
+        *words: str,
+        about: str = "",
+        patience: float = math.inf,
+        is_answer: Callable[[str], object] = lambda _out: True,
     ) -> Answer:
         """Run a command again and again until it succeeds, or says that there is nothing of the name `about`.
 
-        Raises EngineAway when that has taken `patience` seconds.
+        is_answer: whether what it wrote can be read. Raises EngineAway when that has taken `patience` seconds.
         """
         clock = asyncio.get_running_loop().time
         give_up_at = clock() + patience
         said = ""
         for delay in backoff():
             try:
-                answer = await self._command([*words], deadline=deadline)
+                answer = await self._command([*words], deadline=ANSWER_SECONDS)
             except (NotStarted, PastDeadline) as error:
                 problem = str(error)
             else:
-                if answer.code == 0 or (answer.code > 0 and about and is_absent(about, answer.err)):
+                if answer.code == 0 and is_answer(answer.out):
                     return answer
-                problem = answer.err.strip() or f"exit code {answer.code}"
+                if answer.code > 0 and about and is_absent(about, answer.err):
+                    return answer
+                problem = answer.err.strip() or f"exit code {answer.code}, {answer.out[:100]!r}"
             if clock() > give_up_at:
                 raise EngineAway(problem)
             said = complain(words[0], problem, said)
@@ -132,8 +139,11 @@ class Engine:
         answer = await self._command(command.arguments, command.stdin, command.variables, watch)
         return Answer(answer.code, beginning.decode(errors="replace"))
 
-    async def follow(self, container: str, output: Callable[[bytes], None]) -> bool:
-        """Read what a container wrote, from its start, and writes until it ends; True if that was all."""
+    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool:
+        """Read what a container wrote, from its start, and writes until it ends; True if that was all.
+
+        is_last: what the command says is passed on though it fails.
+        """
         unreadable = False
         beginning = Beginning(output)
 
@@ -150,7 +160,7 @@ class Engine:
             return False
         finally:
             beginning.hold()
-        if answer.code == 0:
+        if answer.code == 0 or is_last:
             beginning.pass_on()
         return answer.code == 0 or unreadable
 
@@ -180,10 +190,15 @@ class Engine:
 
         Raises EngineAway when that has taken `patience` seconds.
         """
+
+        def is_answer(out: str) -> bool:
+            return not self._tells_states or read_state_of(out) is not None
+
         words = ["inspect", "--type=container", container]
-        answer = await self.retry_until_answered(*words, about=container, patience=patience)
-        state = [each.get("State") for each in read_list(answer.out)]
-        return state[0] if state and isinstance(state[0], dict) else None
+        answer = await self.retry_until_answered(*words, about=container, patience=patience, is_answer=is_answer)
+        state = read_state_of(answer.out) if answer.code == 0 else None
+        self._tells_states = self._tells_states or state is not None
+        return state
 
     async def has_image(self, image: str) -> bool:
         """Whether an image is here. Raises EngineAway."""
@@ -335,6 +350,12 @@ def read_list(text: str) -> list[dict[str, Any]]:
     return [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
 
 
+def read_state_of(text: str) -> dict[str, Any] | None:
+    """Give the State of the one container that `inspect` was asked for; None where it can't be read."""
+    states = [each.get("State") for each in read_list(text)]
+    return states[0] if states and isinstance(states[0], dict) else None
+
+
 def read_found(inspected: dict[str, Any]) -> Found | None:
     """Give a container of ours from what `inspect` says of it; None where its labels are not ours."""
     labels = (inspected.get("Config") or {}).get("Labels") or {}
@@ -450,6 +471,10 @@ def file_line(name: str, value: str) -> str:
 
 def is_running(state: dict[str, Any]) -> bool:
     return state.get("Status") in ("running", "paused", "restarting", "stopping")
+
+
+def may_run(status: str) -> bool:
+    return status in NEVER_STARTED or is_running({"Status": status})
 
 
 def has_other_code(state: dict[str, Any], code: int) -> bool:

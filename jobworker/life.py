@@ -24,6 +24,7 @@ from jobworker.container import (
     exit_of_command,
     has_other_code,
     is_running,
+    may_run,
     read_state,
     seconds_since,
 )
@@ -66,7 +67,7 @@ class Life:
         self._over = asyncio.Event()  # ended, or let go
         self.pulling = ""  # the image that is being pulled
         self._stopping: asyncio.Task[None] | None = None
-        self._looked_at = ("", 0)
+        self._looked_at: tuple[str | None, int] = ("", 0)
 
     @property
     def config(self) -> Config:
@@ -90,13 +91,15 @@ class Life:
         timeout = self.config.get("timeout")
         return bool(timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout)
 
-    def hangs(self, status: str) -> bool:
+    def hangs(self, status: str | None) -> bool:
         """Whether its container had ended at the last look, too, and nothing has come of that since.
 
-        status: the container's, at this look.
+        status: the container's, at this look; None where there is none, which may have to be created yet, unless it
+        was told to stop.
         """
         before, self._looked_at = self._looked_at, (status, self.output.end)
-        return before == self._looked_at and not is_running({"Status": status}) and status not in NEVER_STARTED
+        has_ended = self._stopped.is_set() if status is None else not may_run(status)
+        return has_ended and before == self._looked_at and not self.pulling
 
     def leave(self) -> None:
         """It has ended, or nobody wants its end any more: whoever stops it or pulls its image gives up."""
@@ -217,15 +220,24 @@ class Life:
 
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
-        whole = False
+        clock = asyncio.get_running_loop().time
+        give_up_at = math.inf
         # A container that is gone has no state, and what was read of it stays.
-        while not whole and (state := await self._engine.state(self.container)):
+        while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
+            has_ended, gives_up = not is_running(state), clock() > give_up_at
             self.output.read_again()
-            if whole := await self._engine.follow(self.container, self.output.add):
+            if await self._engine.follow(self.container, self.output.add, gives_up):
                 self.output.is_whole()
+                if has_ended or not is_running(await self._engine.state(self.container) or {}):
+                    break
+                await self._engine.wait(self.container)  # the command ended too early
+            elif gives_up:
+                self.output.say("jobworker: docker can't read more of this log\n")
+                break
             else:  # the command was killed, or the engine is away
+                give_up_at = min(give_up_at, clock() + ENGINE_PATIENCE_SECONDS) if has_ended else math.inf
                 await asyncio.sleep(ENGINE_RETRY_SECONDS)
         await self._engine.wait(self.container)
 

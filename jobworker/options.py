@@ -1,16 +1,22 @@
 """What both command lines do alike: options, the token file, the log, the limit of open files."""
 
 import argparse
+import contextlib
 import ipaddress
 import logging
 import os
+import queue
 import re
 import resource
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import NoReturn
 
 MIN_TOKEN_CHARACTERS = 16
+MAX_LOG_RECORDS = 10_000
+FLUSH_SECONDS = 1
 
 
 class OptionError(Exception):
@@ -125,9 +131,41 @@ class LineFormatter(logging.Formatter):
 
 def start_logging(verbose: bool) -> None:
     """Write the log to stderr."""
-    stream = logging.StreamHandler()
-    stream.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[stream])
+    handler = LogThread()
+    handler.setFormatter(LineFormatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
+
+
+class LogThread(logging.Handler):
+    """Writes the log in a thread of its own: where nobody reads it, lines are dropped, and nothing waits for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_LOG_RECORDS)
+        self._dropped = 0
+        threading.Thread(target=self._run, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._records.put_nowait(record)
+        except queue.Full:
+            self._dropped += 1
+
+    def _run(self) -> None:
+        while True:
+            record = self._records.get()
+            with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+                sys.stderr.write(f"{self.format(record)}\n")
+                dropped, self._dropped = self._dropped, 0
+                if dropped:
+                    sys.stderr.write(f"{dropped} lines could not be written in time, and are lost\n")
+            self._records.task_done()
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long."""
+        deadline = time.monotonic() + FLUSH_SECONDS
+        while self._records.unfinished_tasks and time.monotonic() < deadline:
+            time.sleep(0.005)
 
 
 def end_at_once(code: int) -> NoReturn:

@@ -49,6 +49,7 @@ SEND_SECONDS = 30
 SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
 UNSENT_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
+UNSENT_TO_WORKER_BYTES = 64 * 1024  # which a ping has to wait for
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
@@ -184,10 +185,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         super().finish()
 
     def _limit_unsent(self, count: int) -> None:
-        """Let the kernel hold so many bytes that are not sent yet; 0: as many as it likes.
-
-        Unlike a send buffer's size it can be taken back: a worker's connection needs all the room there is.
-        """
+        """Let the kernel hold so many bytes that are not sent yet. Unlike a send buffer's size it can be changed."""
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, count)
 
     def shut(self, how: int) -> None:
@@ -293,7 +291,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         if not RUNNER_START.match(head) or not UPGRADE_HEADER.search(head + b"\r\n"):
             return False
         if self.server.places.pop(self, None):
-            self._limit_unsent(0)
+            self._limit_unsent(UNSENT_TO_WORKER_BYTES)
             self.server.runner.hand_over(self.connection)
         return True
 

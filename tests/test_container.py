@@ -229,7 +229,7 @@ class TestFollowingALog:
         docker.chmod(0o755)
 
         async def play() -> bool:
-            return await asyncio.wait_for(Engine(DockerCommand(str(docker), 1)).follow("c", on_output), 30)
+            return await asyncio.wait_for(Engine(DockerCommand(str(docker))).follow("c", on_output), 30)
 
         return asyncio.run(play())
 
@@ -318,7 +318,7 @@ class TestContainersOfAWorker:
         docker.chmod(0o755)
 
         async def play() -> list[Found]:
-            asking = asyncio.ensure_future(Engine(DockerCommand(str(docker), 1)).containers({}))
+            asking = asyncio.ensure_future(Engine(DockerCommand(str(docker))).containers({}))
             await asyncio.to_thread(until, lambda: caplog.messages)
             mended.touch()
             return await asyncio.wait_for(asking, 20)

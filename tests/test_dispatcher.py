@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from typing import Any
 
 import protocol
@@ -12,7 +14,7 @@ from jobworker import lists, state
 from jobworker.config import Configs, JobConfig
 from jobworker.state import NewJob
 from jobworker.store import Store
-from server import ENOUGH_UNREAD_BYTES, Dispatcher
+from server import ENOUGH_UNREAD_BYTES, Core, Dispatcher, Outside
 from tests.test_due import deliver
 
 Held = tuple[tuple[int, int, str], ...]
@@ -70,8 +72,7 @@ class Table:
         return future.result(0)
 
     def commit(self) -> None:
-        while self.store._requests.qsize():
-            self.store.commit_waiting()
+        commit(self.store)
 
     async def run(self) -> None:
         """Let all happen that needs no commit."""
@@ -171,3 +172,46 @@ class TestSlowLink:
             assert not link.read()
 
         asyncio.run(play())
+
+    def test_what_waits_is_forgotten_with_what_the_store_queued_again(self) -> None:
+        async def play() -> None:
+            table = Table()
+            link = await table.connect(slots=4)
+            table.do(state.add, [NewJob("plain", {"TEXT": "x" * 60_000})] * 4, table.clock())
+            for _ in range(50):
+                await table.say(link, 4, ())
+                table.commit()
+                await table.run()
+            assert sum(len(worker._claimed) for worker in table.dispatcher.workers.values()) <= 4
+
+        asyncio.run(play())
+
+
+class TestDelays:
+    """Delays follow a clock that is set, also where that can't be written at once."""
+
+    def test_a_shift_that_fails_is_tried_again(self) -> None:
+        async def play() -> None:
+            store = Store(":memory:", deliver)
+            wall, steady = [1_790_000_000.0], [0.0]
+            outside = Outside(lambda: wall[0], lambda: steady[0])
+            core = Core(store, JOBS, argparse.Namespace(grace=60, keep=0), outside)
+            (job,) = commit(store, store.do(state.add, [NewJob("plain", delay=60)], core.clock()))
+            store._database.connection.execute("PRAGMA query_only = 1")  # as on a full disk
+            wall[0] -= 365 * 86_400
+            core._tick()
+            commit(store)
+            store._database.connection.execute("PRAGMA query_only = 0")
+            for _ in range(3):
+                core._tick()
+                commit(store)
+            row = commit(store, store.do(state.get, job))
+            assert row["not_before"] == wall[0] + 60
+
+        asyncio.run(play())
+
+
+def commit(store: Store, future: Future[Any] | None = None) -> Any:
+    while store._requests.qsize():
+        store.commit_waiting()
+    return future and future.result(0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,7 +26,7 @@ from jobworker.config import Configs, JobConfig
 from jobworker.store import Store
 from server import MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
-from tests.stage import Server, Stage, problem, until
+from tests.stage import Program, Server, Stage, problem, until
 from tests.test_due import deliver
 
 MEMORY_LIMIT_KIB = 200 * 1024
@@ -138,6 +140,50 @@ class TestMemory:
         for number in range(5_000):
             assert configs.names_for((str(number),), 2) == {"a"}
         assert len(configs._names) <= 1_000
+
+
+class TestEnd:
+    def test_a_server_ends_though_a_read_of_its_jobs_hangs(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.jobs.unlink()
+        os.mkfifo(stage.jobs)
+        server.signal(signal.SIGHUP)
+        until(lambda: server.get("/healthz")["status"] == "ok")
+        server.signal(signal.SIGTERM)
+        assert server.exit_code(20) == 0
+
+    @pytest.mark.parametrize("which", ["server", "worker"])
+    def test_who_does_not_read_the_log_holds_up_nothing(self, which: str, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server, "--slots", "4")
+        program: Program = server if which == "server" else worker
+        program.stop()
+        reading, writing = os.pipe()
+        fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+        command = [str(server.port) if word == "0" and which == "server" else word for word in program.command]
+        unread = subprocess.Popen(
+            command, env=program.environment, stdin=subprocess.DEVNULL, stdout=writing, stderr=writing, cwd=stage.folder
+        )
+
+        def is_there() -> bool:
+            with contextlib.suppress(ConnectionRefusedError):
+                return bool(server.knows("worker"))
+            return False
+
+        try:
+            until(is_there, 20)
+            for _ in range(80):  # a line an end, of 60 characters and more
+                assert server.ended(server.post("quick"))["success"]
+            os.set_blocking(writing, False)
+            with pytest.raises(BlockingIOError):
+                os.write(writing, b"x" * 4096)
+            unread.send_signal(signal.SIGTERM)
+            assert unread.wait(20) == 0
+        finally:
+            unread.kill()
+            unread.wait()
+        os.close(reading)
+        os.close(writing)
 
 
 class TestReload:
