@@ -1,5 +1,5 @@
-"""The tests, a file about a file; `stage` and `peers` are what they share."""
+"""The tests, a file about a file; `stage`, `peers` and `pages` are what they share."""
 
 import pytest
 
-pytest.register_assert_rewrite("tests.stage", "tests.peers")
+pytest.register_assert_rewrite("tests.stage", "tests.peers", "tests.pages")

@@ -1,214 +1,33 @@
-"""The dashboard, in a real browser, against a real server with real workers: a class per thing it is for.
-
-Needs Chromium at CHROMIUM (Debian: `apt-get install chromium`); playwright drives it, axe-playwright-python brings axe.
-"""
+"""The dashboard, in a real browser, against a real server with real workers: a class per thing it is for."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import (
-    APIResponse,
-    Browser,
-    ConsoleMessage,
-    Locator,
-    Page,
-    Request,
-    Route,
-    expect,
-    sync_playwright,
-)
+from playwright.sync_api import Locator, Page, Route, expect
 
+from tests.pages import (
+    LONGEST_TASK_MS,
+    MARKUP,
+    SITE_JOBS,
+    ReaderOf,
+    assert_accessible,
+    hold_answer,
+    in_every_look,
+    is_at_end,
+    needs_chromium,
+    open_job,
+    row_of,
+    unfold,
+)
 from tests.stage import ROOT, Server, Stage, until
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
-CHROMIUM_SWITCHES = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-in_every_look = pytest.mark.parametrize(
-    "look",
-    [pytest.param((width, scheme), id=f"{width}-{scheme}") for width in (375, 1280) for scheme in ("light", "dark")],
-)
+pytestmark = needs_chromium
+pytest_plugins = ["tests.pages"]
+
 LONG_LOG_LINES = 100_000
-LONGEST_TASK_MS = """() => {
-  window.longest = 0;
-  const longer = (task) => { window.longest = Math.max(window.longest, task.duration); };
-  const note = (list) => list.getEntries().forEach(longer);
-  new PerformanceObserver(note).observe({ entryTypes: ["longtask"] });
-}"""
-TOO_WIDE = """() => [...document.querySelectorAll("html, main :not(thead *), body > header *, footer *")]
-  .filter((node) => node.checkVisibility() && node.getBoundingClientRect().right > innerWidth + 1)
-  .map((node) => node.outerHTML.slice(0, 80))"""
-MARKUP = "<img src=x onerror=alert(1)>"
-
-SITE_JOBS = f"""
-- name: hello-world
-  image: hello-world
-- name: sh
-  image: busybox
-  command: [sh, -c, 'eval "$SCRIPT"']
-  parameters: {{SCRIPT: {{required: true}}}}
-  stop_grace_period: 1s
-- name: quick
-  image: busybox
-  command: "true"
-- name: backup
-  image: busybox
-  command: [sh, -c, 'echo "$DATABASE $KEEP"']
-  parameters: {{DATABASE: {{required: true, pattern: "[a-z_-]+"}}, KEEP: {{default: "14"}}}}
-- name: twice
-  image: busybox
-  command: [sh, -c, 'echo "this is attempt $JOBWORKER_ATTEMPT"; [ "$JOBWORKER_ATTEMPT" = 2 ]']
-  retries: 1
-  retry_delay: 10ms
-- name: gpu
-  image: busybox
-  command: "true"
-  tags: [gpu]
-- name: '{MARKUP}'
-  image: busybox
-  command: [sh, -c, 'echo "$WHO"; echo "<script>alert(2)</script>"']
-  parameters: {{WHO: {{default: "<b>nobody</b>"}}}}
-"""
-
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="no Chromium here")
-
-
-class Reader:
-    """Someone who looks at the page. At the end: no error on the console, no request to elsewhere, nothing too wide."""
-
-    def __init__(self, browser: Browser, server: Server, width: int, scheme: Any, **context: Any) -> None:
-        self.origin = f"http://127.0.0.1:{server.port}"
-        self.context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **context)
-        self.page = self.context.new_page()
-        self.errors: list[str] = []
-        self.requests: list[Request] = []
-        self.tolerates = "(?!)"
-        self.page.on("console", self._note)
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request))  # noqa: PLW0108 playwright marks it
-
-    def _note(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.errors.append(message.text)
-
-    def open(self, hash_: str = "") -> Page:
-        self.page.goto(f"{self.origin}/{hash_}")
-        return self.page
-
-    def open_live(self, hash_: str = "") -> Page:
-        expect(self.open(hash_).get_by_text("Live", exact=True)).to_be_visible()
-        return self.page
-
-    def close(self) -> None:
-        too_wide = self.page.evaluate(TOO_WIDE)
-        self.context.close()
-        assert [error for error in self.errors if not re.search(self.tolerates, error)] == []
-        assert [request.url for request in self.requests if not request.url.startswith((self.origin, "data:"))] == []
-        assert too_wide == []
-
-
-ReaderOf = Callable[..., Reader]
-
-
-@pytest.fixture(scope="class")
-def browser() -> Iterator[Browser]:
-    expect.set_options(timeout=10_000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_SWITCHES)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def reader_of(browser: Browser) -> Iterator[ReaderOf]:
-    readers: list[Reader] = []
-
-    def come(server: Server, width: int = 1280, scheme: str = "light", **context: Any) -> Reader:
-        readers.append(Reader(browser, server, width, scheme, **context))
-        return readers[-1]
-
-    yield come
-    for reader in readers:
-        reader.close()
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with two workers."""
-    stage = Stage(tmp_path_factory.mktemp("site"))
-    server = stage.server("--hold", jobs=SITE_JOBS)
-    stage.worker(server, "--slots", "4", "--tag", "storage", name="atlas-1")
-    stage.worker(server, "--slots", "2", name="borealis-1")
-    server.ended(server.post("hello-world"))
-    server.ended(server.sh("exit 3"))
-    yield server
-    stage.close()
-
-
-@pytest.fixture
-def look() -> tuple[int, str]:
-    """A width in pixels and a colour scheme; `in_every_look` gives a test all."""
-    return 1280, "light"
-
-
-@pytest.fixture
-def page(site: Server, reader_of: ReaderOf, look: tuple[int, str]) -> Page:
-    """The site's page, live."""
-    return reader_of(site, *look).open_live()
-
-
-def count_of(page: Page, state: str) -> int:
-    return int(page.get_by_role("link", name=re.compile(rf"^\d+ {state}$")).inner_text().split()[0])
-
-
-def row_of(page: Page, job: int) -> Locator:
-    return page.get_by_role("row").filter(has=page.locator(f'a[href="#/jobs/{job}"]'))
-
-
-def unfold(page: Page, panel: str) -> Locator:
-    """A panel's content, which a narrow page shows at a tap."""
-    found = page.locator(f"#{panel}")
-    if found.get_attribute("open") is None:
-        found.locator("summary").click()
-    return found
-
-
-def open_job(page: Page, job: int) -> Locator:
-    page.goto(f"{page.url.split('#')[0]}#/jobs/{job}")
-    dialog = page.get_by_role("dialog", name=re.compile(rf"#{job}$"))
-    expect(dialog.get_by_role("list", name="History")).to_be_visible()
-    return dialog
-
-
-def is_at_end(log: Locator) -> bool:
-    return int(log.evaluate("view => view.scrollHeight - view.scrollTop - view.clientHeight")) < 40
-
-
-def hold_answer(page: Page, url: str | re.Pattern[str]) -> list[tuple[Route, APIResponse]]:
-    """Have the next request for a URL wait, its answer fetched already; it comes into the list that this gives."""
-    held: list[tuple[Route, APIResponse]] = []
-    page.route(url, lambda route: held.append((route, route.fetch())), times=1)
-    return held
-
-
-def assert_accessible(page: Page) -> None:
-    found = Axe().run(page)
-    assert not found.violations_count, found.generate_report()
 
 
 class TestDashboardAtAGlance:
@@ -417,6 +236,18 @@ class TestDashboardActs:
         until(lambda: is_at_end(log))
         site.http("DELETE", f"/api/jobs/{job}")
 
+    def test_a_log_followed_for_long_lets_its_oldest_lines_go(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh("seq 70000; echo the end; sleep 60")
+        drawer = open_job(reader_of(site).open(), job)
+        log = drawer.get_by_role("region", name="Log")
+        drawer.get_by_role("button", name="Show all").click()
+        expect(log).to_contain_text("the end")
+        expect(drawer).to_contain_text(re.compile(r"the last 50,\d{3} lines; (19|20),\d{3} older ones were let go"))
+        text = log.evaluate("view => view.textContent.trim().split('\\n')")
+        assert 50_000 <= len(text) <= 50_501
+        assert text[-2] == "70000"
+        site.http("DELETE", f"/api/jobs/{job}")
+
     def test_each_attempt_has_its_log(self, page: Page, site: Server) -> None:
         job = site.post("twice")
         site.ended(job)
@@ -596,6 +427,19 @@ class TestDashboardManners:
         page.get_by_role("button", name="Enter it").click()
         expect(page.get_by_role("dialog")).to_be_visible()
 
+    def test_a_message_lies_above_a_dialog(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        page.get_by_role("button", name="Run backup").click()
+        page.evaluate("say('a message')")
+        above = "node => Boolean(node.closest(':popover-open')) && node.checkVisibility()"
+        assert page.get_by_text("a message").evaluate(above)
+
+    def test_a_count_of_workers_does_not_wrap(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        page.evaluate("takeStats({ ...stats, workers: 1300, slots: 130000, busy: 128000 })")
+        expect(page.get_by_role("heading", name="1,300 workers")).to_be_visible()
+        assert page.locator("#workers h2").evaluate("node => node.clientHeight") < 24
+
     def test_a_job_that_is_not_there_is_said_to_be_so(self, site: Server, reader_of: ReaderOf) -> None:
         reader = reader_of(site)
         reader.tolerates = "status of 404"
@@ -676,26 +520,73 @@ class TestDashboardLive:
 
     @pytest.mark.parametrize(
         ("hash_", "asked", "place"),
-        [("#/jobs/1", "/api/jobs/1$", "#job .state"), ("#/?name=sh", r"/api/jobs\?.*name=sh", "#list .state")],
+        [
+            ("#/jobs/1", "/api/jobs/1$", "#job .state"),
+            ("#/?name=sh", r"/api/jobs\?.*name=sh", "#list .state"),
+            ("#/?before=2", r"/api/jobs\?.*before=2(&|$)", "#list .state"),
+        ],
     )
     def test_an_event_that_overtakes_an_answer_is_not_lost(
         self, hash_: str, asked: str, place: str, stage: Stage, reader_of: ReaderOf
     ) -> None:
         server = stage.server("--hold", jobs=SITE_JOBS)
         job = server.sh("true")
-        page = reader_of(server).open_live()
-        expect(page.locator("#list .state")).to_have_text("Queued")
+        server.post("gpu")
+        page = reader_of(server).open_live("#/?name=gpu")
         held = hold_answer(page, re.compile(asked))
         page.evaluate("hash => { location.hash = hash; }", hash_)
         until(lambda: page.evaluate("true") and held)  # lets playwright hand the request over
         server.http("DELETE", f"/api/jobs/{job}")
-        expect(page.locator(place)).to_have_text("Cancelled")
+        expect(page.get_by_role("link", name="1 Cancelled")).to_be_visible()
         [(route, answer)] = held
         assert answer.text().count('"queued"') == 1
-        with page.expect_event("requestfinished", lambda request: request == route.request):
-            route.fulfill(response=answer)
-        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        assert page.locator(place).inner_text() == "Cancelled"
+        route.fulfill(response=answer)
+        expect(page.locator(place)).to_have_text("Cancelled")
+
+    def test_a_row_under_the_pointer_goes_on_telling_how_its_job_stands(
+        self, site: Server, reader_of: ReaderOf
+    ) -> None:
+        job = site.sh("sleep 60")
+        page = reader_of(site).open_live("#/?state=running")
+        row_of(page, job).hover()
+        site.http("DELETE", f"/api/jobs/{job}")
+        expect(row_of(page, job)).to_contain_text("Cancelled")
+        page.get_by_role("heading", name="Running jobs").hover()
+        expect(row_of(page, job)).to_have_count(0)
+
+    def test_rows_of_another_filter_do_not_stand_under_its_heading(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live("#/?name=hello-world")
+        expect(row_of(page, 1)).to_be_visible()
+        held = hold_answer(page, re.compile(r"/api/jobs\?.*state=failure"))
+        page.evaluate("location.hash = '#/?state=failure'")
+        expect(page.get_by_role("heading", name="Failed jobs")).to_be_visible()
+        expect(row_of(page, 1)).to_be_hidden()
+        until(lambda: page.evaluate("true") and held)
+        held[0][0].fulfill(response=held[0][1])
+        expect(page.locator("#list tbody tr").first).to_be_visible()
+
+    def test_an_old_requests_error_does_not_cover_a_newer_answer(self, site: Server, reader_of: ReaderOf) -> None:
+        reader = reader_of(site)
+        reader.tolerates = "status of 503"
+        page = reader.open_live()
+        held = hold_answer(page, re.compile(r"/api/jobs\?.*name=sh"))
+        page.evaluate("location.hash = '#/?name=sh'")
+        until(lambda: page.evaluate("true") and held)
+        page.evaluate("location.hash = '#/?name=hello-world'")
+        expect(row_of(page, 1)).to_be_visible()
+        held[0][0].fulfill(status=503, json={"detail": "of long ago"})
+        page.evaluate("() => new Promise((done) => setTimeout(done, 100))")
+        expect(page.get_by_text("of long ago")).to_have_count(0)
+
+    def test_an_idle_page_asks_nothing_and_a_busy_one_twice_a_second(self, site: Server, reader_of: ReaderOf) -> None:
+        reader = reader_of(site)
+        page = reader.open_live()
+        began = page.evaluate("performance.now()")
+        asked = lambda: len([request for request in reader.requests if "/api/jobs?" in request.url])  # noqa: E731
+        for _ in range(40):
+            site.ended(site.post("quick"))
+        seconds = (page.evaluate("performance.now()") - began) / 1000
+        assert 1 < asked() <= 2 * seconds + 3
 
     def test_a_worker_that_goes_while_the_page_is_read_is_gone(self, stage: Stage, reader_of: ReaderOf) -> None:
         server = stage.server("--hold", jobs=SITE_JOBS)
