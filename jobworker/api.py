@@ -482,14 +482,18 @@ def list_configs(api: Api, _request: Request) -> Response:
     which may hold secrets, is not shown.
     """
     configs = api.configs
-    last = api.do(lists.newest, list(configs.by_name))
+    names = list(configs.by_name)
+    last, recent = api.do(lists.newest, names), api.do(lists.recent, names)
     due_next = {
         name: configs.schedules[name].next_due(row["upto"])
         for name, row in api.do(schedules).items()
         if name in configs.schedules
     }
     return answer_json(
-        [config_json(config, due_next.get(name), last.get(name)) for name, config in configs.by_name.items()]
+        [
+            config_json(config, due_next.get(name), last.get(name), recent[name])
+            for name, config in configs.by_name.items()
+        ]
     )
 
 

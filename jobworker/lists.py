@@ -11,6 +11,7 @@ from jobworker.state import ALL_NAMES, GET_JOB, JOB_WITH_WORKER, MAX_JOB_ID, NEW
 PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
 
 NAMES_WITH = f"{ALL_NAMES} AND instr(lower(name), lower(?))"
+RECENT_STATES = "SELECT state FROM job WHERE name = ? ORDER BY id DESC LIMIT 10"
 FIRST_ENDED_AFTER = "SELECT min(id) FROM job WHERE finished_at > ?"
 
 
@@ -87,6 +88,11 @@ def newest(db: Database, names: Iterable[str], sql: str = NEWEST_JOB) -> dict[st
     """The newest job of each of the names that has one; or, by NEWEST_SUCCESS, the newest that succeeded."""
     ids = {name: db.one(sql, name)[0] for name in names}
     return {name: db.one(GET_JOB, id_) for name, id_ in ids.items() if id_}
+
+
+def recent(db: Database, names: Iterable[str]) -> dict[str, list[str]]:
+    """The states of the newest ten jobs of each of the names, oldest first."""
+    return {name: [state for (state,) in db.execute(RECENT_STATES, (name,))][::-1] for name in names}
 
 
 def cancel_all(db: Database, wanted: Wanted, limit: int, now: float) -> tuple[int, int | None]:

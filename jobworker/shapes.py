@@ -71,10 +71,13 @@ def full_worker_json(row: sqlite3.Row, jobs: list[int]) -> dict[str, Any]:
     }
 
 
-def config_json(config: JobConfig, next_due_at: float | None, last: sqlite3.Row | None) -> dict[str, Any]:
+def config_json(
+    config: JobConfig, next_due_at: float | None, last: sqlite3.Row | None, recent: list[str]
+) -> dict[str, Any]:
     """A job of jobs.yaml: what one needs to run it, and no environment, which may hold secrets.
 
     next_due_at: seconds since the epoch, None where it has no schedule. last: its newest job, if there is one.
+    recent: the states of its newest jobs, oldest first.
     """
     parameters = {
         name: {"required": parameter.required, "default": parameter.default, "pattern": parameter.pattern}
@@ -88,6 +91,7 @@ def config_json(config: JobConfig, next_due_at: float | None, last: sqlite3.Row 
         **{key: getattr(config, key) for key in more},
         "next_due_at": timestamp(next_due_at),
         "last": last and last_json(last),
+        "recent": recent,
     }
 
 

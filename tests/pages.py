@@ -186,7 +186,7 @@ def unfold(page: Page, panel: str) -> Locator:
 def open_job(page: Page, job: int) -> Locator:
     page.goto(f"{page.url.split('#')[0]}#/jobs/{job}")
     dialog = page.get_by_role("dialog", name=re.compile(rf"#{job}$"))
-    expect(dialog.get_by_role("list", name="History")).to_be_visible()
+    expect(dialog.locator("#history")).to_be_visible()
     return dialog
 
 

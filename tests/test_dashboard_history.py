@@ -1,0 +1,88 @@
+"""The dashboard's past: how the runs of each kind of job went, what failed lately, and what is due next."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import expect
+
+from tests.pages import SITE_JOBS, ReaderOf, assert_accessible, in_every_look, needs_chromium, open_job, row_of, unfold
+from tests.stage import Server, Stage
+
+pytestmark = needs_chromium
+pytest_plugins = ["tests.pages"]
+
+NIGHT_JOBS = f"""{SITE_JOBS}
+- name: on-call
+  image: busybox
+  command: [sh, -c, 'echo "$JOBWORKER_CAUSE_NAME failed"']
+- name: nightly
+  image: busybox
+  command: [sh, -c, 'exit 7']
+  schedule: 30 3 * * *
+  on_failure: on-call
+"""
+
+
+@pytest.fixture(scope="class")
+def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on the morning after: some runs of `sh` went well and some failed, and so did each of `nightly`."""
+    stage = Stage(tmp_path_factory.mktemp("night"))
+    server = stage.server("--hold", jobs=NIGHT_JOBS)
+    stage.worker(server, "--slots", "4", name="atlas-1")
+    for script in ("exit 3", "exit 3", "true", "sleep 0.3"):
+        server.ended(server.sh(script))
+    for name in ("nightly", "nightly", "quick"):
+        server.ended(server.post(name))
+    yield server
+    stage.close()
+
+
+class TestDashboardHistory:
+    """How a job's kind has fared, without a click and in the job's drawer."""
+
+    @in_every_look
+    def test_each_kind_of_job_tells_how_its_last_runs_went_and_when_it_is_due(
+        self, night: Server, reader_of: ReaderOf, look: tuple[int, str]
+    ) -> None:
+        page = reader_of(night, *look).open_live()
+        kinds = unfold(page, "configs").get_by_role("listitem")
+        expect(kinds.nth(0)).to_contain_text("nightly")
+        expect(kinds.nth(0)).to_contain_text(
+            re.compile(r"Failed (now|\d+ s ago) · 2 of the last 2 failed · next in \d+ [hm] ")
+        )
+        expect(kinds.nth(1)).to_contain_text(re.compile(r"^sh\s*Succeeded .* · 2 of the last 4 failed"))
+        expect(kinds.filter(has_text="gpu")).to_contain_text("Never ran")
+        expect(kinds.nth(1).locator("i[data-state=failure]")).to_have_count(2)
+        assert_accessible(page)
+
+    @in_every_look
+    def test_a_job_shows_the_last_runs_of_its_name(
+        self, night: Server, reader_of: ReaderOf, look: tuple[int, str]
+    ) -> None:
+        page = reader_of(night, *look).open_live()
+        drawer = open_job(page, 4)
+        expect(drawer).to_contain_text(re.compile(r"2 of the last 4 runs succeeded, mostly in \d+"))
+        bars = drawer.get_by_role("list", name="Runs").get_by_role("link")
+        expect(bars).to_have_count(4)
+        heights = bars.locator("i").evaluate_all("bars => bars.map((bar) => bar.clientHeight)")
+        assert max(heights) == heights[3] > heights[0]
+        bars.nth(0).click()
+        expect(page.get_by_role("dialog", name="sh #1")).to_contain_text("It exited with code 3")
+
+    def test_a_job_leads_to_its_worker_its_cause_and_what_followed(self, night: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(night).open_live()
+        open_job(page, night.get("/api/jobs?name=nightly")[0]["id"])
+        drawer = page.get_by_role("dialog")
+        drawer.get_by_role("link", name=re.compile(r"^on-call #\d+$")).click()
+        expect(page.get_by_role("dialog", name=re.compile("^on-call"))).to_contain_text("nightly failed")
+        drawer.get_by_role("link", name=re.compile(r"^#\d+$")).click()
+        expect(page.get_by_role("dialog", name=re.compile("^nightly"))).to_be_visible()
+        drawer.get_by_role("link", name="atlas-1").click()
+        expect(page.get_by_role("heading", name="Jobs on atlas-1")).to_be_visible()
+        expect(row_of(page, 1)).to_be_visible()
+        page.goto(page.url.split("#")[0])
+        page.locator("#workers").get_by_role("link", name="atlas-1").click()
+        expect(page).to_have_url(re.compile("worker=atlas-1"))
