@@ -50,10 +50,8 @@ class TestDashboardHistory:
         page = reader_of(night, *look).open_live()
         kinds = unfold(page, "configs").get_by_role("listitem")
         expect(kinds.nth(0)).to_contain_text("nightly")
-        expect(kinds.nth(0)).to_contain_text(
-            re.compile(r"Failed (now|\d+ s ago) · 2 of the last 2 failed · next in \d+ [hm] ")
-        )
-        expect(kinds.nth(1)).to_contain_text(re.compile(r"^sh\s*Succeeded .* · 2 of the last 4 failed"))
+        expect(kinds.nth(0)).to_contain_text(re.compile(r"Failed (now|\d+ s ago) · 2 of 2 failed · next in \d+ [hm] "))
+        expect(kinds.nth(1)).to_contain_text(re.compile(r"^sh\s*Succeeded .* · 2 of 4 failed"))
         expect(kinds.filter(has_text="gpu")).to_contain_text("Never ran")
         expect(kinds.nth(1).locator("i[data-state=failure]")).to_have_count(2)
         assert_accessible(page)
@@ -86,3 +84,56 @@ class TestDashboardHistory:
         page.goto(page.url.split("#")[0])
         page.locator("#workers").get_by_role("link", name="atlas-1").click()
         expect(page).to_have_url(re.compile("worker=atlas-1"))
+
+
+class TestDashboardCalls:
+    """A failure calls, and a page that is not live does not look so."""
+
+    @in_every_look
+    def test_what_failed_within_a_day_stands_in_the_tile_and_is_a_list(
+        self, night: Server, reader_of: ReaderOf, look: tuple[int, str]
+    ) -> None:
+        page = reader_of(night, *look).open_live()
+        failed = len(night.get("/api/jobs?state=failure"))
+        page.get_by_role("link", name=f"{failed} in 24 h").click()
+        expect(page.get_by_role("heading", name="Failed jobs that ended after")).to_be_visible()
+        expect(page.locator("#list tbody tr")).to_have_count(failed)
+        assert_accessible(page)
+
+    def test_failures_since_the_last_look_are_told_in_title_and_icon(self, night: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(night).open_live()
+        failed = len(night.get("/api/jobs?state=failure"))
+        expect(page).to_have_title(f"({failed}) jobworker")
+        page.evaluate("dispatchEvent(new Event('blur'))")
+        expect(page).to_have_title("jobworker")
+        icon = page.locator("link[rel=icon]")
+        assert "e5352f" not in str(icon.get_attribute("href"))
+        night.ended(night.sh("exit 1"))
+        expect(page).to_have_title("(1) jobworker")
+        assert "e5352f" in str(icon.get_attribute("href"))
+        address = page.url
+        page.goto("about:blank")
+        night.ended(night.sh("exit 1"))
+        page.goto(address)
+        expect(page).to_have_title("(1) jobworker")
+
+    def test_a_server_without_failures_does_not_call(self, stage: Stage, reader_of: ReaderOf) -> None:
+        page = reader_of(stage.server("--hold", jobs=SITE_JOBS)).open_live()
+        expect(page.get_by_role("link", name="0 Failure")).to_be_visible()
+        expect(page).to_have_title("jobworker")
+        expect(page.locator(".calls")).to_have_count(0)
+
+    def test_clocks_stand_while_it_is_not_live(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        stage.worker(server)
+        job = server.sh("sleep 60")
+        reader = reader_of(server)
+        reader.tolerates = "ERR_"
+        page = reader.open_live()
+        took = row_of(page, job).locator(".c-took")
+        expect(took).to_have_text("1 s")
+        server.kill()
+        expect(page.locator("body")).to_have_class("old")
+        stands = took.inner_text()
+        page.evaluate("() => new Promise((done) => setTimeout(done, 2100))")
+        assert took.inner_text() == stands
