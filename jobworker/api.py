@@ -338,19 +338,19 @@ def list_jobs(api: Api, _request: Request, limit: int | None, full: bool, **wish
     return Response(api.pages(wanted, limit, full))
 
 
-def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str], name: str | None) -> Response:
+def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str], **wishes: Any) -> Response:
     """Queue many jobs at once.
 
     All of them or none, in one transaction. A list has at most 20,000 jobs: send several lists. With `retry` there
-    is no body: every job that ended in one of these states, of that `name` where there is one, runs again as a new
+    is no body: every job that ended in one of these states, and that the other parameters admit, runs again as a new
     job; the answer says how many, and which could not, in pieces of 500 jobs.
     """
     if states:
         if request.body or key is not None:
             raise ApiError(HTTPStatus.BAD_REQUEST, "with retry there is neither a body nor an Idempotency-Key")
-        return _retry_all(api, Wanted(states, name))
-    if name is not None:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "name needs retry: the states of the jobs to run again")
+        return _retry_all(api, Wanted(states, **wishes))
+    for wish in (wish for wish, value in wishes.items() if value is not None):
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"{wish} needs retry: the states of the jobs to run again")
     with contextlib.ExitStack() as turn:
         if len(request.body) > SHORT_LIST_BYTES:
             take_turn(api.long_lists, turn, "too many lists at once")
@@ -380,15 +380,15 @@ def _retry_all(api: Api, wanted: Wanted) -> Response:
     return answer_json({"queued": queued, "refused": refused})
 
 
-def cancel_jobs(api: Api, _request: Request, states: Sequence[str], name: str | None) -> Response:
+def cancel_jobs(api: Api, _request: Request, states: Sequence[str], **wishes: Any) -> Response:
     """Cancel many jobs at once.
 
-    All in one of the states, of that `name` where there is one, in pieces of 500 jobs. The answer says how many.
+    All in one of the states that the other parameters admit, in pieces of 500 jobs. The answer says how many.
     Those that run are asked to stop, as by `DELETE /api/jobs/{job}`.
     """
     if not states:
         raise ApiError(HTTPStatus.BAD_REQUEST, "state is missing: which jobs to cancel, such as ?state=queued")
-    wanted, cancelled = Wanted(states, name, before=api.do(lists.last_id) + 1), 0
+    wanted, cancelled = Wanted(states, **wishes)._replace(before=api.do(lists.last_id) + 1), 0
     while True:
         count, after = api.do(lists.cancel_all, wanted, BULK_JOBS, api.clock())
         if after is None:
@@ -621,7 +621,8 @@ def dashboard() -> tuple[bytes, str]:
 
 UNKNOWN = {404: "NotFound"}
 REQUIRED = {424: "NoSuccess", 504: "NotEnded"}
-LIST = (STATE, NAME, Q, WORKER, CAUSE, ENDED_AFTER, LIMIT, AFTER, BEFORE, FULL)
+FILTERS = (NAME, Q, WORKER, CAUSE, ENDED_AFTER)
+LIST = (STATE, *FILTERS, LIMIT, AFTER, BEFORE, FULL)
 OPEN = {401: None, 507: None}
 ROUTES = [
     Route(
@@ -638,13 +639,13 @@ ROUTES = [
         "POST",
         "/api/jobs",
         queue_jobs,
-        (KEY, RETRY_STATES, NAME),
+        (KEY, RETRY_STATES, *FILTERS),
         "Job[]|Retried",
         refuses={404: "NoSuchName", 409: "KeyConflict", 500: "NoWorker", 503: "Busy"},
         body="NewNamedJob[]?",
     ),
     Route("GET", "/api/jobs/{job}", get_job, (JOB_ID, WAIT, REQUIRE), "FullJob", refuses=UNKNOWN | REQUIRED),
-    Route("DELETE", "/api/jobs", cancel_jobs, (CANCEL_STATES, NAME), "Cancelled"),
+    Route("DELETE", "/api/jobs", cancel_jobs, (CANCEL_STATES, *FILTERS), "Cancelled"),
     Route("DELETE", "/api/jobs/{job}", cancel_job, (JOB_ID,), "FullJob", refuses=UNKNOWN | {409: "HasEnded"}),
     Route(
         "POST",

@@ -210,6 +210,7 @@ class TestBulk:
             ("DELETE", "?state=success", "'success' is not"),
             ("POST", "?retry=running", "'running' is not"),
             ("POST", "?name=quick", "name needs retry"),
+            ("POST", "?worker=worker", "worker needs retry"),
             ("POST", "?retry=", "'' is not"),
         ],
     )

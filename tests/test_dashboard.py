@@ -128,7 +128,6 @@ class TestDashboardActs:
         expect(dialog.get_by_label("KEEP")).to_have_value("14")
         dialog.get_by_label("DATABASE").fill("shop")
         dialog.get_by_role("button", name="Run", exact=True).click()
-        page.get_by_role("link", name=re.compile(r"^Open #\d+$")).click()
         drawer = page.get_by_role("dialog", name=re.compile(r"^backup #\d+$"))
         expect(drawer).to_contain_text("Success")
         expect(drawer.get_by_role("region", name="Log")).to_contain_text("shop 14")

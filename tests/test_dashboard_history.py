@@ -137,3 +137,44 @@ class TestDashboardCalls:
         stands = took.inner_text()
         page.evaluate("() => new Promise((done) => setTimeout(done, 2100))")
         assert took.inner_text() == stands
+
+
+class TestDashboardBulk:
+    """Many jobs at once, and one after the other."""
+
+    def test_three_clicks_have_all_of_the_nights_failures_queued_again(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=NIGHT_JOBS)
+        worker = stage.worker(server)
+        for script in ("true", "exit 1", "exit 2", "exit 3"):
+            server.ended(server.sh(script))
+        worker.stop()
+        page = reader_of(server).open_live()
+        page.get_by_role("link", name="3 in 24 h").click()
+        page.get_by_role("button", name="Retry all 3").click()
+        page.get_by_role("dialog", name="Retry 3 jobs?").get_by_role("button", name="Retry 3").click()
+        expect(page.get_by_text("3 jobs queued.")).to_be_visible()
+        again = server.get("/api/jobs?state=queued&full=1")
+        assert [job["environment"]["SCRIPT"] for job in again] == ["exit 1", "exit 2", "exit 3"]
+
+    def test_all_that_wait_on_many_pages_are_cancelled_by_their_number(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=NIGHT_JOBS)
+        server.http("POST", "/api/jobs", [{"name": "quick"}] * 60 + [{"name": "gpu"}] * 70)
+        page = reader_of(server).open_live("#/?state=queued&name=gpu")
+        page.get_by_role("button", name="Cancel all").click()
+        page.get_by_role("dialog", name="Cancel 70 jobs?").get_by_role("button", name="Cancel 70").click()
+        expect(page.get_by_text("70 jobs cancelled.")).to_be_visible()
+        assert len(server.get("/api/jobs?state=queued")) == 60
+
+    def test_j_and_k_go_through_the_jobs_of_the_list(self, night: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(night).open_live("#/?name=sh&before=5")
+        page.keyboard.press("j")
+        expect(row_of(page, 4).get_by_role("link")).to_be_focused()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("dialog", name="sh #4")).to_be_visible()
+        page.keyboard.press("j")
+        expect(page.get_by_role("dialog", name="sh #3")).to_contain_text("Success")
+        page.keyboard.press("k")
+        expect(page.get_by_role("dialog", name="sh #4")).to_be_visible()
+        expect(page.get_by_role("button", name="Previous")).to_be_disabled()
+        page.get_by_role("button", name="Next").click()
+        expect(page.get_by_role("dialog", name="sh #3")).to_be_visible()
