@@ -25,6 +25,17 @@ NIGHT_JOBS = f"""{SITE_JOBS}
   on_failure: on-call
 """
 
+TOLD_JOBS = """
+- {name: third-time, image: busybox, command: [sh, -c, '[ "$JOBWORKER_ATTEMPT" = 3 ]'], retries: 2, retry_delay: 10ms}
+- {name: again, image: busybox, command: [sh, -c, exit 4], retries: 3, retry_delay: 1m}
+- {name: quick, image: busybox, command: "true"}
+- {name: pulls, image: "slow:1", command: "true"}
+- name: odd-words
+  image: busybox
+  command: [sh, -c, "echo \\"it's\\"", x, y=1]
+  timeout: 1h
+"""
+
 
 @pytest.fixture(scope="class")
 def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
@@ -178,3 +189,35 @@ class TestDashboardBulk:
         expect(page.get_by_role("button", name="Previous")).to_be_disabled()
         page.get_by_role("button", name="Next").click()
         expect(page.get_by_role("dialog", name="sh #3")).to_be_visible()
+
+
+class TestDashboardTells:
+    """What happens to a job, in a column and in its drawer."""
+
+    def test_a_row_tells_what_is_happening(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=TOLD_JOBS)
+        stage.worker(server)
+        first, again, delayed, odd = (server.post(name) for name in ("third-time", "again", "quick", "odd-words"))
+        later = server.post("quick", delay=7_100)
+        for job in (first, delayed):
+            server.ended(job)
+        page = reader_of(server).open_live()
+        expect(row_of(page, first).locator(".c-result")).to_have_text("at attempt 3")
+        expect(row_of(page, again).locator(".c-result")).to_have_text(re.compile(r"^retry 1 of 3 in \d+ s$"))
+        expect(row_of(page, delayed).locator(".c-result")).to_have_text("")
+        expect(row_of(page, later).locator(".c-result")).to_have_text(re.compile(r"^in 1 h 5[78] m$"))
+        drawer = open_job(page, odd)
+        expect(drawer).to_contain_text("busybox")
+        expect(drawer).to_contain_text("""sh -c 'echo "it'\\''s"' x y=1""")
+        expect(drawer).to_contain_text("1 h 00 m")
+        expect(drawer.get_by_role("table", name="Attempts")).to_be_hidden()
+        expect(drawer.get_by_role("region", name="Log")).to_contain_text("it's")
+
+    def test_a_pull_is_told_while_it_lasts(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=TOLD_JOBS)
+        stage.docker.offer("slow:1", 60)
+        stage.worker(server)
+        job = server.post("pulls")
+        page = reader_of(server).open_live()
+        expect(row_of(page, job).locator(".c-result")).to_have_text("pulling slow:1")
+        expect(open_job(page, job)).to_contain_text(re.compile(r"Pulling slow:1, \d+ s\."))
