@@ -188,6 +188,26 @@ class TestDashboardActs:
         log = open_job(reader_of(site).open(), job).get_by_role("region", name="Log")
         expect(log).to_have_text(re.compile(r"^\s*red\s+100%\s+bell\s*$"))
 
+    def test_a_log_keeps_a_terminals_colours(self, site: Server, reader_of: ReaderOf) -> None:
+        colours = r"\033[31mred\n<b>still\033[39m not\n\033[1;92mbold\033[0m \033[38;5;200;34mblue\033[m \033[2Jplain\n"
+        job = site.sh(rf"printf '{colours}txt.\342\200\256exe\n'")
+        site.ended(job)
+        log = open_job(reader_of(site).open(), job).get_by_role("region", name="Log")
+        expect(log).to_have_text(re.compile(r"^\s*red\s+<b>still not\s+bold blue plain\s+txt.<U\+202E>exe\s*$"))
+        looks = "spans => spans.map((span) => [span.textContent, span.style.color.split('--')[1], span.className])"
+        assert log.locator("span").evaluate_all(looks) == [
+            ["red", "failure)", ""],
+            ["<b>still", "failure)", ""],
+            ["bold", "success) 75%, var(", "bold"],
+            ["blue", "accent)", ""],
+        ]
+
+    def test_a_log_that_was_cut_says_so_at_its_top(self, site: Server, reader_of: ReaderOf) -> None:
+        job = site.sh("seq 300000")
+        site.ended(job)
+        drawer = open_job(reader_of(site).open(), job)
+        expect(drawer).to_contain_text(re.compile(r"the last 5,000 lines; \d{3} KiB cut out of its middle"))
+
     def test_a_long_log_stays_quick_and_can_be_searched(self, site: Server, reader_of: ReaderOf) -> None:
         job = site.sh(f"seq {LONG_LOG_LINES}")
         site.ended(job)
