@@ -72,7 +72,7 @@ class TestDashboardAtAGlance:
         name = site.job(job)["worker"]
         card = unfold(page, "workers").get_by_role("listitem").filter(has_text=name)
         expect(card).to_contain_text(f"1 of {4 if name == 'atlas-1' else 2} busy")
-        expect(card).to_contain_text(re.compile(r"since \d"))
+        expect(card).to_contain_text(re.compile(r"connected (now|\d)"))
         expect(card.get_by_role("link", name=f"#{job}")).to_be_visible()
         expect(page.locator("#workers")).to_contain_text("storage")
         site.http("DELETE", f"/api/jobs/{job}")
@@ -101,18 +101,14 @@ class TestDashboardAtAGlance:
         site.http("DELETE", f"/api/jobs/{job}")
         expect(row_of(page, job)).to_contain_text("Cancelled")
 
-    def test_a_page_of_200_workers_shows_some_and_the_rest_on_demand(self, site: Server, reader_of: ReaderOf) -> None:
+    def test_a_page_of_200_workers_has_them_in_a_panel_that_scrolls(self, site: Server, reader_of: ReaderOf) -> None:
         worker = site.get("/api/workers?full=1")[0]
         many = [{**worker, "id": 1000 + n, "name": f"node-{n:03d}"} for n in range(200)]
         reader = reader_of(site)
         reader.page.route("**/api/workers?full=1", lambda route: route.fulfill(json=many))
         page = reader.open_live()
-        cards = page.locator("#workers li")
-        expect(cards).to_have_count(6)
-        page.locator("#workers").get_by_role("button", name="Show all 200").click()
-        expect(cards).to_have_count(200)
-        page.locator("#workers").get_by_role("button", name="Show fewer").click()
-        expect(cards).to_have_count(6)
+        expect(page.locator("#workers li")).to_have_count(200)
+        assert page.locator("#workers ul").evaluate("list => list.clientHeight") < 600
 
 
 class TestDashboardActs:
@@ -273,8 +269,8 @@ class TestDashboardActs:
         drawer = open_job(page, job)
         log = drawer.get_by_role("region", name="Log")
         expect(log).to_contain_text("this is attempt 2")
-        expect(drawer.get_by_role("table", name="Attempts").get_by_role("row")).to_have_count(3)
-        drawer.get_by_role("button", name="Show: the log of attempt 1").click()
+        expect(drawer.get_by_role("table", name="Attempts").get_by_role("row")).to_have_count(2)
+        drawer.get_by_role("button", name="Show log").click()
         expect(log).to_contain_text("this is attempt 1")
 
     @in_every_look
@@ -533,9 +529,6 @@ class TestDashboardLive:
         stage.worker(server)
         expect(page.get_by_text("Live", exact=True)).to_be_visible()
         expect(row_of(page, second)).to_contain_text("Success")
-        listened = [request for request in reader.requests if request.url.endswith("/api/events")]
-        assert "last-event-id" not in listened[0].headers
-        assert listened[-1].headers["last-event-id"].isdigit()
 
     @pytest.mark.parametrize(
         ("hash_", "asked", "place"),

@@ -27,7 +27,7 @@ NIGHT_JOBS = f"""{SITE_JOBS}
 
 TOLD_JOBS = """
 - {name: third-time, image: busybox, command: [sh, -c, '[ "$JOBWORKER_ATTEMPT" = 3 ]'], retries: 2, retry_delay: 10ms}
-- {name: again, image: busybox, command: [sh, -c, exit 4], retries: 3, retry_delay: 1m}
+- {name: again, image: busybox, command: [sh, -c, exit 4], retries: 3, retry_delay: 40s}
 - {name: quick, image: busybox, command: "true"}
 - {name: pulls, image: "slow:1", command: "true"}
 - name: odd-words
@@ -178,6 +178,7 @@ class TestDashboardBulk:
 
     def test_j_and_k_go_through_the_jobs_of_the_list(self, night: Server, reader_of: ReaderOf) -> None:
         page = reader_of(night).open_live("#/?name=sh&before=5")
+        expect(row_of(page, 4)).to_be_visible()
         page.keyboard.press("j")
         expect(row_of(page, 4).get_by_role("link")).to_be_focused()
         page.keyboard.press("Enter")
