@@ -500,9 +500,10 @@ def list_configs(api: Api, _request: Request) -> Response:
 def listen(api: Api, request: Request, last_id: int | None) -> Response:
     """Follow what changes, as server-sent events.
 
-    An endless stream in the format of the HTML standard. It begins with `stats`; after that up to four times a
-    second what changed since, many changes of one job or worker as one event with its latest state, and `stats`
-    where they differ. The last event of each such batch has an `id`. A comment line comes after 15 s of silence.
+    An endless stream in the format of the HTML standard. It begins with `stats`, which then has the last five minutes
+    too; after that up to four times a second what changed since, many changes of one job or worker as one event with
+    its latest state, and `stats` where they differ. The last event of each such batch has an `id`. A comment line
+    comes after 15 s of silence.
 
     | event | data |
     | --- | --- |

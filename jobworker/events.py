@@ -27,8 +27,8 @@ class Events:
         """Give events from after `last_id`, for ever; a comment now and then. Ids grow, also across server starts."""
         newest: Tick
         tick: Tick | None
-        newest, tick = self._store.do(state.listen, last_id).result()
-        yield server_sent("stats", newest.overview, None if last_id else newest.id)
+        newest, tick, past = self._store.do(state.listen, last_id).result()
+        yield server_sent("stats", newest.overview | {"past": past}, None if last_id else newest.id)
         if tick is None:
             yield server_sent("reset", {}, newest.id)
             tick = newest

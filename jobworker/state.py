@@ -23,6 +23,7 @@ from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 from jobworker.ends import End
+from jobworker.past import Past
 
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
@@ -278,13 +279,12 @@ class Database:
     def __init__(self, connection: sqlite3.Connection, chance: random.Random) -> None:
         self.connection, self.chance = connection, chance
         self.counts = Counter({row["state"]: row["jobs"] for row in self.execute(COUNT_STATES)})
-        last = self.one(LAST_ID)
-        self.last_id: int = last[0] if last else 0
+        self.last_id: int = (self.one(LAST_ID) or [0])[0]
         self.slots: dict[int, FreeSlots] = {}
         self.limits: Mapping[str, int] = {}
         self.ready = False
         self.notes = Notes(self.last_id, {}, False)
-        self.totals = Totals()
+        self.totals, self.past = Totals(), Past()
         self.watchers: dict[int, Future[None]] = {}
         self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
         self.untold_jobs: set[int] = set()
@@ -323,6 +323,7 @@ class Database:
 
     def _add_tick(self, overview: dict[str, Any], now: float) -> None:
         """Tell who listens what has changed since the last tick, if anything did. Ids grow, also across restarts."""
+        self.past.note(overview, now)
         last = self.ticks[-1]
         if self.untold_jobs or self.untold_workers or overview != last.overview:
             jobs = frozenset(islice(self.untold_jobs, MAX_TICK_JOBS + 1))  # more are told as a reset
@@ -761,10 +762,11 @@ def tick(db: Database, now: float) -> None:
     db.notes.tick = overview(db, now), now
 
 
-def listen(db: Database, last_id: int | None) -> tuple[Tick, Tick | None]:
-    """The newest tick, and the one after which to go on: that of `last_id`; None where it is not known any more."""
+def listen(db: Database, last_id: int | None) -> tuple[Tick, Tick | None, list[list[float]]]:
+    """The newest tick, the one after which to go on (that of `last_id`; None where it is not known), and the past."""
     newest = db.ticks[-1]
-    return newest, newest if last_id is None else next((tick for tick in db.ticks if tick.id == last_id), None)
+    after = newest if last_id is None else next((tick for tick in db.ticks if tick.id == last_id), None)
+    return newest, after, db.past.recent()
 
 
 def totals(db: Database) -> Totals:

@@ -222,3 +222,12 @@ class TestDashboardTells:
         page = reader_of(server).open_live()
         expect(row_of(page, job).locator(".c-result")).to_have_text("pulling slow:1")
         expect(open_job(page, job)).to_contain_text(re.compile(r"Pulling slow:1, \d+ s\."))
+
+    def test_the_charts_have_a_past_and_name_what_waits_for_no_worker(self, night: Server, reader_of: ReaderOf) -> None:
+        job = night.post("gpu")
+        page = reader_of(night).open_live()
+        expect(page.locator("#latency")).to_contain_text("gpu: no worker has the tag gpu")
+        red = re.compile(r"M[\d.]+,(?!40)")  # not on the ground
+        expect(page.locator("#throughput .bad")).to_have_attribute("d", red)
+        night.http("DELETE", f"/api/jobs/{job}")
+        expect(page.locator("#latency")).to_contain_text("Queue latency")

@@ -13,6 +13,7 @@ import pytest
 from jobworker import events as events_module
 from jobworker import state as state_module
 from jobworker.message import parse_head
+from jobworker.past import Past
 from jobworker.state import Arrival
 from jobworker.store import Store
 from tests.peers import (
@@ -249,3 +250,32 @@ class TestListener:
             events.next("job", id=missed)
         with Events(idle, last_id) as events:
             assert events.next("job", id=missed)["state"] == "queued"
+
+
+class TestPast:
+    """Who begins to listen is told the last five minutes."""
+
+    def test_the_first_stats_have_the_last_five_minutes(self) -> None:
+        ring = Ring()
+        ring.now = 1_000.0
+        ring.tick()
+        [(kind, stats, _)] = events_of(ring.stream(None), 1)
+        assert (kind, stats["past"]) == ("stats", [[1_000, 0, 0, 0, 0]])
+        ring.store.close()
+
+    def test_bins_count_ends_keep_peaks_and_are_few(self) -> None:
+        past = Past()
+        for now, finished, failed, latency, busy in [
+            (0, 5, 2, 0, 1),
+            (1, 7, 3, 4.5, 2),
+            (4, 8, 1, 0, 0),
+            (5, 9, 2, 0, 0),
+        ]:
+            overview = {"finished": finished, "jobs": {"failure": failed}, "queue_latency": latency, "busy": busy}
+            past.note(overview, now)
+        assert past.recent() == [[0, 3, 1, 4.5, 2], [5, 1, 1, 0, 0]]
+        for now in range(10, 10_000):
+            past.note(overview, now)
+        assert len(past.bins) == 60
+        past.note(overview, 20_000)
+        assert past.recent() == [[20_000, 0, 0, 0, 0]]
