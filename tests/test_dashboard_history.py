@@ -231,3 +231,49 @@ class TestDashboardTells:
         expect(page.locator("#throughput .bad")).to_have_attribute("d", red)
         night.http("DELETE", f"/api/jobs/{job}")
         expect(page.locator("#latency")).to_contain_text("Queue latency")
+
+    def test_a_worker_that_went_is_shown_as_gone_with_what_it_held(self, stage: Stage, reader_of: ReaderOf) -> None:
+        server = stage.server("--hold", jobs=SITE_JOBS)
+        worker = stage.worker(server, name="atlas-9")
+        job = server.sh("sleep 60")
+        page = reader_of(server).open_live()
+        expect(row_of(page, job)).to_contain_text("Running")
+        worker.kill()
+        card = page.locator("#workers li.gone")
+        expect(card).to_contain_text("gone, it held 1 job, ")
+        expect(card.get_by_role("link", name=f"#{job}")).to_be_visible()
+        expect(page.get_by_text("No worker is connected.")).to_be_visible()
+        assert_accessible(page)
+
+    def test_jobs_are_found_by_part_of_a_name_and_by_worker(self, night: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(night).open_live()
+        for text, title in (("igh", "Jobs with igh"), ("sh", "Jobs named sh"), ("atlas-1", "Jobs on atlas-1")):
+            page.goto(page.url.split("#")[0])
+            page.get_by_label("Go to a job").fill(text)
+            page.keyboard.press("Enter")
+            expect(page.get_by_role("heading", name=title)).to_be_visible()
+            expect(page.locator("#list tbody tr").first).to_be_visible()
+        page.goto(f"{page.url.split('#')[0]}#/?q=no-such-thing")
+        page.get_by_role("link", name="Show all jobs").click()
+        expect(page.locator("#list tbody tr").first).to_be_visible()
+
+    def test_a_job_is_run_again_with_other_values(self, stage: Stage, reader_of: ReaderOf) -> None:
+        jobs = """
+- name: deploy
+  image: busybox
+  command: [sh, -c, 'echo "$STAGE $VERSION"']
+  parameters: {STAGE: {pattern: staging|production, default: staging}, VERSION: {pattern: "v[0-9]+", required: true}}
+"""
+        server = stage.server("--hold", jobs=jobs)
+        stage.worker(server)
+        job = server.post("deploy", environment={"VERSION": "v7", "STAGE": "production"})
+        server.ended(job)
+        page = reader_of(server).open_live()
+        open_job(page, job).get_by_role("button", name="Run with").click()
+        dialog = page.get_by_role("dialog", name="Run deploy")
+        expect(dialog.get_by_label("VERSION")).to_have_value("v7")
+        expect(dialog.get_by_label("STAGE")).to_have_value("production")
+        assert_accessible(page)
+        dialog.get_by_label("STAGE").select_option("staging")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(page.get_by_role("dialog", name=f"deploy #{job + 1}")).to_contain_text("staging v7")
