@@ -85,6 +85,7 @@ SLOWEST_COPY_BYTES = 256 * 1024  # a second, once COPY_SECONDS are over
 COPY_SECONDS = 60
 MAX_PAGE_JOBS = 10_000
 BULK_JOBS = 500  # in a transaction
+HEALTH_SECONDS = 5
 GONE_SECONDS = 3_600
 MAX_LIST_JOBS = 20_000  # a transaction of so many holds up the others for a fifth of a second
 SHORT_LIST_BYTES = 1_024  # longer ones are read and queued one at a time
@@ -517,12 +518,16 @@ def listen(api: Api, request: Request, last_id: int | None) -> Response:
 
 def get_health(api: Api, _request: Request) -> Response:
     """Whether the server can do its work."""
-    if api.store.error:
-        failing = {"status": "failing", "detail": api.store.error, "version": VERSION}
-        return answer_json(failing, HTTPStatus.SERVICE_UNAVAILABLE)
-    overview = api.do(state.overview, api.clock())
-    health = {"status": "ok", "version": VERSION, "workers": overview["workers"], "jobs": overview["jobs"]}
-    return answer_json(health)
+    problem = api.store.error
+    if problem is None:
+        try:
+            overview = api.store.do(state.overview, api.clock()).result(HEALTH_SECONDS)
+            counts = {key: overview[key] for key in ("workers", "jobs")}
+            return answer_json({"status": "ok", "version": VERSION, **counts})
+        except TimeoutError:
+            problem = f"the database has not answered for {HEALTH_SECONDS} s: its disk stalls"
+    failing = {"status": "failing", "detail": problem, "version": VERSION}
+    return answer_json(failing, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 def get_metrics(api: Api, _request: Request) -> Response:

@@ -20,9 +20,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import protocol
-from jobworker import state
+from jobworker import api, state
 from jobworker.clock import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, WatchedClock
 from jobworker.config import Configs, JobConfig
+from jobworker.message import parse_head
 from jobworker.store import Store
 from server import MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
@@ -140,6 +141,16 @@ class TestMemory:
         for number in range(5_000):
             assert configs.names_for((str(number),), 2) == {"a"}
         assert len(configs._names) <= 1_000
+
+
+class TestHealth:
+    def test_a_disk_that_stalls_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A store whose thread has not begun is the slowest disk there is."""
+        monkeypatch.setattr(api, "HEALTH_SECONDS", 0.1)
+        stalled = api.Api(Store(":memory:"), Configs([]), False, time.time)
+        reply = api.get_health(stalled, parse_head(b"GET /healthz HTTP/1.1\r\nHost: localhost"))
+        assert reply.status == 503
+        assert b"its disk stalls" in bytes(reply.body)  # type: ignore[arg-type]
 
 
 class TestEnd:
