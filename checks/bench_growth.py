@@ -1,86 +1,114 @@
 """What grows as ever more is there (`--scale`), and over a million jobs (`--long`)."""
 
 import contextlib
+import functools
 import sqlite3
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from bench_beside import listen, many_workers, waits
-from bench_figure import STEPS, Figure
-from bench_stage import MEBI, Bench, Server, memory, start_worker, stop
+from bench_ratio import Ratio
+from bench_stage import MEBI, Bench, Server, memory, start_worker
+
+MILLION = 1_000_000
 
 
-def scale(bench: Bench) -> list[Figure]:
-    """Latency of POST and dispatch, and the server's memory, as ever more is there."""
-    server, million = Server(bench), bench.count(1_000_000)
-    figures: list[Figure] = []
+def queued(bench: Bench, server: Server) -> Server:
+    server.queue(bench.count(MILLION), "nobody")
+    return server
 
-    def measure(what: str) -> None:
-        worker = start_worker(bench, server, 4, bench.empty_docker)
-        posts = bench.beside(waits, server.port, bench.count(1_000), "nobody", 0).result()
-        finals = bench.beside(waits, server.port, bench.count(1_000)).result()
-        stop(worker)
-        for name, times in (("POST", posts), ("POST to final", finals)):
-            figures.append(Figure(f"{what}: {name} p50", "ms", samples=[statistics.median(times)]))
-            figures.append(Figure(f"{what}: {name} p99", "ms", samples=[statistics.quantiles(times, n=100)[98]]))
-        figures.append(Figure(f"{what}: server's memory", "MiB", samples=[memory(server.pid) / MEBI]))
 
-    def fill() -> None:
-        for _ in range(max(million // 20_000, 1)):
-            server.post_list(min(million, 20_000), "nobody")
-
-    measure("nothing")
-    fill()
-    measure(f"{million} queued")
+def finished(bench: Bench, server: Server) -> Server:
+    queued(bench, server)
     server.stop()
     with contextlib.closing(sqlite3.connect(server.folder / "jobs.db")) as database, database:
         database.execute("UPDATE job SET state = 'success', started_at = created_at, finished_at = created_at")
-    server = Server(bench, folder=server.folder)
-    fill()
-    measure(f"and {million} finished")
-    workers = bench.count(1_000)
-    bench.beside(many_workers, server.port, workers).result()
-    measure(f"and {workers} workers")
-    (job,) = server.ask("GET", "/api/jobs?state=queued&limit=1")
-    paths = ["/api/events"] * bench.count(200) + [f"/api/jobs/{job['id']}/log?follow=1"] * bench.count(100)
+    return Server(bench, folder=server.folder)
+
+
+def workers(bench: Bench, server: Server) -> Server:
+    bench.beside(many_workers, server.port, bench.count(1_000)).result()
+    return server
+
+
+def listeners(bench: Bench, server: Server) -> Server:
+    job = server.ask("POST", "/api/jobs/nobody")["id"]
+    paths = ["/api/events"] * bench.count(200) + [f"/api/jobs/{job}/log?follow=1"] * bench.count(100)
     bench.beside(listen, server.port, paths).result()
-    measure(f"and {len(paths)} listeners")
-    return figures
+    return server
 
 
-def long(bench: Bench) -> list[Figure]:
-    """A million jobs through a worker, pruned after 20 s: what grows?"""
-    server, total = Server(bench, "--keep=20s"), bench.count(1_000_000)
+def scale(bench: Bench, what: str, crowds: list[Callable[[Bench, Server], Server]], at_most: float) -> list[Ratio]:
+    """POST to final beside a server that has nothing else; its jobs have a tag that one real worker has."""
+    alone, crowded = Server(bench), Server(bench)
+    for crowd in crowds:
+        crowded = crowd(bench, crowded)
+    took = Ratio(f"POST to final with {what}", "with nothing else", "ms", at_most=at_most)
+    rss = Ratio("memory of its server", "with nothing else", "MiB")
+    servers, count = (crowded, alone), bench.count(1_000)
+    for server in servers:
+        start_worker(bench, server, 4, bench.empty_docker, "--tag=here")
+    for _ in bench.turns:
+        took.add(*(statistics.median(bench.beside(waits, server.port, count, "here").result()) for server in servers))
+        rss.add(*(memory(server.pid) / MEBI for server in servers))
+    return [took, rss]
+
+
+SCALE: dict[str, Callable[[Bench], list[Ratio]]] = {
+    "queued": functools.partial(scale, what="1,000,000 queued", crowds=[queued], at_most=1.2),
+    "finished": functools.partial(scale, what="1,000,000 finished", crowds=[finished], at_most=1.2),
+    "workers": functools.partial(scale, what="1,000 workers", crowds=[workers], at_most=1.2),
+    "listeners": functools.partial(scale, what="300 listeners", crowds=[listeners], at_most=1.2),
+    "together": functools.partial(
+        scale, what="all of them", crowds=[finished, queued, workers, listeners], at_most=1.5
+    ),
+}
+
+
+def long(bench: Bench) -> list[Ratio]:
+    """A million jobs through a worker, pruned after 20 s: the second half of the time beside the first."""
+    server, total = Server(bench, "--keep=20s"), bench.count(MILLION)
     worker = start_worker(bench, server, 8, bench.empty_docker)
-    who = (("server", server.pid), ("worker", worker.pid))
-    rss = [Figure(f"{name}: memory", "MiB") for name, _pid in who]
-    files = [Figure(f"{name}: descriptors", "open") for name, _pid in who]
-    size = Figure("jobs.db", "MiB")
-    posted, began = 0, time.perf_counter()
-    while posted < total or sum(
-        server.ask("GET", "/healthz")["jobs"][state] for state in ("queued", "assigned", "running")
-    ):
-        if posted < total and server.ask("GET", "/healthz")["jobs"]["queued"] < 20_000:
-            posted += 20_000
-            server.post_list(20_000)
-            print(f"{posted} posted, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-        for figures, look in ((rss, lambda pid: memory(pid) / MEBI), (files, descriptors)):
-            for figure, (_name, pid) in zip(figures, who, strict=True):
-                figure.add(look(pid))
-        size.add(sum(file.stat().st_size for file in server.folder.glob("jobs.db*")) / MEBI)
+    looks: list[tuple[Ratio, Callable[[], float]]] = [
+        (Ratio("server: memory, second half", "first half", "MiB"), lambda: memory(server.pid) / MEBI),
+        (Ratio("worker: memory, second half", "first half", "MiB"), lambda: memory(worker.pid) / MEBI),
+        (Ratio("server: descriptors, second half", "first half", "open"), lambda: descriptors(server.pid)),
+        (Ratio("worker: descriptors, second half", "first half", "open"), lambda: descriptors(worker.pid)),
+        (Ratio("jobs.db, second half", "first half", "MiB"), lambda: size(server.folder) / MEBI),
+    ]
+    samples: list[list[float]] = [[] for _ in looks]
+    posted, done, ended = 0, 0, [(time.perf_counter(), 0)]
+    while done < total:
+        jobs = server.ask("GET", "/healthz")["jobs"]
+        done = posted - sum(jobs[state] for state in ("queued", "assigned", "running"))
+        ended.append((time.perf_counter(), done))
+        if posted < total and jobs["queued"] < 20_000:
+            posted += min(20_000, total)
+            server.queue(min(20_000, total), "empty")
+            print(f"{posted:,} posted, {done:,} done", file=sys.stderr, flush=True)
+        for taken, (_ratio, look) in zip(samples, looks, strict=True):
+            taken.append(look())
         time.sleep(bench.seconds(2))
-    rate = Figure(f"{posted} jobs", "jobs/s", STEPS, samples=[posted / (time.perf_counter() - began)])
-    return [rate, *(part for figure in (*rss, *files, size) for part in halves(figure))]
+    for taken, (ratio, _look) in zip(samples, looks, strict=True):
+        half = len(taken) // 2
+        ratio.ours, ratio.theirs = taken[-half:], taken[:half]
+    return [rate_of_halves(ended), *(ratio for ratio, _look in looks)]
 
 
-def halves(figure: Figure) -> list[Figure]:
-    """A figure's samples of the first half of the time, and of the second."""
-    middle = max(len(figure.samples) // 2, 1)
-    parts = {"first half": figure.samples[:middle], "second half": figure.samples[-middle:]}
-    return [Figure(f"{figure.what}, {name}", figure.unit, samples=samples) for name, samples in parts.items()]
+def rate_of_halves(ended: list[tuple[float, int]]) -> Ratio:
+    """Jobs a second of the second half of the time beside the first's. `ended`: when, and how many by then."""
+    rate = Ratio(f"{ended[-1][1]:,} jobs: rate, second half", "first half", "jobs/s")
+    first, middle, last = ended[0], ended[len(ended) // 2], ended[-1]
+    rate.add((last[1] - middle[1]) / (last[0] - middle[0]), (middle[1] - first[1]) / (middle[0] - first[0]))
+    return rate
 
 
 def descriptors(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("jobs.db*"))

@@ -1,13 +1,18 @@
 """The limits of the machine: what SQLite, `subprocess.run` and Python's imports take with nothing around them."""
 
+import os
 import sqlite3
 import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-from bench_stage import Bench
+from bench_stage import Bench, memory
+
+IMPORTS = "import asyncio,http.server,sqlite3,sys,websockets.asyncio.server,yaml;print(flush=True);sys.stdin.read()"
 
 
 def sqlite_alone(bench: Bench, seconds: float) -> float:
@@ -65,3 +70,28 @@ def run_alone(command: list[str], threads: int, seconds: float) -> float:
     with ThreadPoolExecutor(threads) as pool:
         done = sum(run.result() for run in [pool.submit(run) for _ in range(threads)])
     return done / (time.perf_counter() - began)
+
+
+@dataclass
+class Imports:
+    """What Python takes to import what a server imports, before it does anything."""
+
+    seconds: float
+    memory: int
+
+
+def imports_alone() -> Imports:
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, "-c", IMPORTS], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bare:
+        assert bare.stdin
+        assert bare.stdout
+        bare.stdout.readline()
+        alone = Imports(time.monotonic() - began, memory(bare.pid))
+        bare.stdin.close()
+    return alone
+
+
+def busy_seconds() -> float:
+    """Processor time that everything on this machine has used since it was started."""
+    ticks = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting for a disk

@@ -1,6 +1,8 @@
 """rq, celery, dramatiq and huey with the same work as ours (`--peers`)."""
 
 import contextlib
+import functools
+import importlib.util
 import os
 import shutil
 import socket
@@ -8,12 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench_beside import answer_at_once
-from bench_figure import STEPS, Figure, Limit
-from bench_stage import Bench, Server, SkippedError, start_worker, stop, until
+from bench_ratio import Ratio, SkippedError
+from bench_stage import Bench, Server, start_worker, stop, until
 
 PEER = """
 import os, subprocess, sys
@@ -47,7 +50,7 @@ if __name__ == "__main__":
     for _ in range(int(sys.argv[2])):
         peer.send(sys.argv[1])
 """
-PEERS = {
+PEERS = {  # the command of each one's worker
     "rq": ["rq", "worker-pool", "--quiet", "--num-workers=4", "--url=redis://127.0.0.1:{port}"],
     "celery": ["celery", "--app=peer", "worker", "--concurrency=4", "--loglevel=error"],
     "dramatiq": ["dramatiq", "peer", "--processes=2", "--threads=4"],
@@ -55,56 +58,63 @@ PEERS = {
 }
 
 
-def peers(bench: Bench) -> list[Figure]:
-    """rq, celery, dramatiq and huey with the same work, as usual and with fsync at every write."""
-    if shutil.which("redis-server") is None:
+def peer(bench: Bench, library: str, count: int) -> list[Ratio]:
+    """Jobs a second, durable as ours always are, and as the library comes, where a power cut loses what it accepted."""
+    if library != "huey" and shutil.which("redis-server") is None:
         raise SkippedError("there is no redis-server: make bench-peers installs one")
+    python, servers = python_with(bench, library), {"empty": Server(bench), "no-op": Server(bench)}
+    start_worker(bench, servers["empty"], 8, bench.empty_docker)
+    ratios = {
+        (work, fsync): Ratio(
+            "no work, 64 slots" if work == "no-op" else "an empty program, 8 slots",
+            f"{library}{', fsync at each write' if fsync else ' as it comes'}",
+            "jobs/s",
+            at_least=1 if work == "no-op" else None,
+        )
+        for work in servers for fsync in (True, False)
+    }  # fmt: skip
+    counts = {"empty": bench.count(2_000), "no-op": bench.count(20_000)}
+    for turn in bench.turns:
+        servers["no-op"].post_list(counts["no-op"])
+        ours = {
+            "empty": counts["empty"] / servers["empty"].run_jobs(counts["empty"], turn),
+            "no-op": bench.beside(answer_at_once, servers["no-op"].port, 64, counts["no-op"]).result(),
+        }
+        for (work, fsync), ratio in ratios.items():
+            ratio.add(ours[work], peer_rate(bench, python, library, work, fsync, bench.count(count)))
+    return list(ratios.values())
+
+
+def python_with(bench: Bench, library: str) -> Path:
+    """This Python where it has the library, or one in a folder of its own, into which it is installed."""
+    if importlib.util.find_spec(library):
+        return Path(sys.executable)
     venv = bench.folder / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    pip = [str(venv / "bin" / "pip"), "install", "--quiet", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "rq", "celery[redis]", "dramatiq[redis]", "huey"], check=True)
-    servers, counts = (Server(bench), Server(bench)), (bench.count(2_000), bench.count(20_000))
-    start_worker(bench, servers[0], 8, bench.empty_docker)
-    figures = [Figure(f"ours: {work}", "jobs/s", STEPS) for work in ("the empty program", "no-op jobs")]
-    others = {
-        (library, work, fsync): Limit(f"{library}: {work}", "jobs/s", "fsync each write" if fsync else "as usual")
-        for library in PEERS for work in ("empty", "no-op") for fsync in (False, True)
-    }  # fmt: skip
-    for turn in bench.turns:
-        figures[0].add(counts[0] / servers[0].run_jobs(counts[0], turn))
-        servers[1].post_list(counts[1])
-        figures[1].add(bench.beside(answer_at_once, servers[1].port, 64, counts[1]).result())
-        for (library, work, fsync), figure in others.items():
-            figure.add(peer_rate(bench, library, work, fsync, bench.count(1_000 if library == "rq" else 4_000)))
-    empty = [figure for (_library, work, _fsync), figure in others.items() if work == "empty"]
-    no_op = [figure for (_library, work, _fsync), figure in others.items() if work == "no-op"]
-    return [figures[0], *empty, figures[1], *no_op]
+    pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, library if library == "rq" else f"{library}[redis]"], check=True)
+    return venv / "bin" / "python"
 
 
-def peer_rate(bench: Bench, library: str, work: str, fsync: bool, count: int) -> float:
+def peer_rate(bench: Bench, python: Path, library: str, work: str, fsync: bool, count: int) -> float:
     """Jobs a second of a peer's worker, from its first to its last, with all of them queued before it starts."""
     folder, port = Path(tempfile.mkdtemp(dir=bench.folder)), free_port()
     (folder / "peer.py").write_text(PEER)
-    bin_ = bench.folder / "venv" / "bin"
     environment = os.environ | {
         "LIBRARY": library, "PORT": str(port), "PROGRAM": bench.empty_docker, "FSYNC": "yes" if fsync else "no",
-        "PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(folder),
+        "PATH": f"{python.parent}:{os.environ['PATH']}", "PYTHONPATH": str(folder),
     }  # fmt: skip
-    settings = "--appendonly yes --appendfsync always" if fsync else ""
-    redis = f"redis-server --bind 127.0.0.1 --port {port} {settings}".split()
     options: dict[str, Any] = {"cwd": folder, "env": environment, "stdout": subprocess.DEVNULL}
-    broker = subprocess.Popen(redis, **options)
-    worker = None
-    try:
-        until(lambda: library == "huey" or answers(port), 10)
-        subprocess.run([bin_ / "python", "peer.py", work, str(count)], **options, check=True)
+    with contextlib.ExitStack() as stack:
+        if library != "huey":
+            settings = "--appendonly yes --appendfsync always" if fsync else ""
+            redis = f"redis-server --bind 127.0.0.1 --port {port} {settings}".split()
+            stack.callback(stop, subprocess.Popen(redis, **options))
+            until(lambda: answers(port), 10)
+        subprocess.run([python, "peer.py", work, str(count)], **options, check=True)
         command = [word.format(port=port) for word in PEERS[library]]
-        worker = subprocess.Popen(command, **options, stderr=subprocess.DEVNULL)
+        stack.callback(stop, subprocess.Popen(command, **options, stderr=subprocess.DEVNULL))
         return rate_of_growth(folder / "done", count)
-    finally:
-        for process in (worker, broker):
-            if process:
-                stop(process)
 
 
 def rate_of_growth(file: Path, total: int) -> float:
@@ -124,3 +134,8 @@ def answers(port: int) -> bool:
     with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
         return True
     return False
+
+
+ROWS: dict[str, Callable[[Bench], list[Ratio]]] = {
+    library: functools.partial(peer, library=library, count=300 if library == "rq" else 3_000) for library in PEERS
+}
