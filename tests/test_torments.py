@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from tests.stage import ROOT
 
 
@@ -30,5 +32,9 @@ class TestTorments:
         ]
         assert first.rpartition("digest is ")[2] == second.rpartition("digest is ")[2]
 
-    def test_every_row_of_the_benchmarks_can_be_measured(self) -> None:
-        assert "jobs/s" in run("checks/bench.py", "--quick")
+    @pytest.mark.parametrize("group", [[], ["together"], ["--long"], ["huey"]], ids=" ".join)
+    def test_every_row_of_the_benchmarks_can_be_measured(self, group: list[str]) -> None:
+        _when, _head, *lines = run("checks/bench.py", "--quick", *group).splitlines()
+        rows = run("checks/bench.py", "--list", *group).split()
+        assert [line.split()[0] for line in lines if line[0] != " "] == rows
+        assert not [line for line in lines if "skipped" in line]
