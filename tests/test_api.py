@@ -347,6 +347,7 @@ class TestHttp:
         assert config["strict"]["parameters"]["COLOUR"] == {"required": True, "default": None, "pattern": "red|green"}
 
     def test_health_metrics_page_and_description_are_there(self, api: Server) -> None:
+        api.post("tagged")
         health = api.get("/healthz")
         assert (health["status"], health["workers"]) == ("ok", 0)
         assert health["jobs"]["queued"] > 0
