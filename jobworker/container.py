@@ -25,9 +25,9 @@ NEVER_STARTED = ("created", "initialized")  # the latter is podman's
 HALF_REMOVED = ("dead", "removing")  # has ended, and its log can't be read any more
 # The only words that mean that there is none; whatever else an engine says, it may be there.
 ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
-# `docker run` did not even reach the engine: nothing has started.
+# `docker run` did not even reach the engine: nothing has started. Its first words, for a job may write such words, too.
 UNREACHED = re.compile(
-    "cannot connect to the docker daemon|connection refused|permission denied while trying to connect", re.IGNORECASE
+    "(docker: )?(cannot connect to the docker daemon|permission denied while trying to connect)", re.IGNORECASE
 )
 COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
 COMPLAINT_BYTES = 1000

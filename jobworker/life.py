@@ -138,7 +138,7 @@ class Life:
                 return self.failure(self._stop_reason or "docker", str(error))
             self.output.is_whole()
             if code != NOT_STARTED or image not in self._engine.images or await self._engine.may_have_image(image):
-                return await self._conclude(code, code == NOT_STARTED and bool(UNREACHED.search(beginning)))
+                return await self._conclude(code, code == NOT_STARTED and bool(UNREACHED.match(beginning)))
             self.output.read_again()  # somebody removed the image since the last job
 
     async def _start(self, command: Command) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import protocol
@@ -115,6 +116,28 @@ class TestLogsThatCanNotBeRead:
         go.touch()
         assert server.ended(job, 20)["success"]
         assert server.log(job) == b"early\nlate\n"
+
+
+class TestWordsOfAJob:
+    @meanwhile
+    def test_they_are_not_taken_for_dockers(self, stage: Stage) -> None:
+        """The engine goes away, and `docker run` with it; the container, which wrote such words, runs on."""
+        server, go, cut = stage.server(), stage.folder / "go", stage.docker.folder / "cut"
+        lost = f"""if [ "$1" = run ]; then
+            $HERE/docker "$@" & until [ -e {cut} ] || ! kill -0 $!; do sleep 0.1; done
+            kill -9 $!; echo "unexpected EOF" >&2; exit 125; fi"""
+        worker = stage.worker(server, *limping(stage, lost))
+        job = server.sh(LONG.format(go).replace("early", "connection refused"))
+        until(lambda: server.log(job) == b"connection refused\n")
+        (stage.docker.folder / "down").touch()
+        cut.touch()
+        until(lambda: worker.said("docker inspect did not get an answer"))
+        time.sleep(40)  # longer than what was not reached is waited for
+        assert server.state(job) == "running"
+        (stage.docker.folder / "down").unlink()
+        go.touch()
+        assert server.ended(job, 60)["success"]
+        assert server.log(job) == b"connection refused\nlate\n"
 
 
 class TestStatesThatCanNotBeRead:
