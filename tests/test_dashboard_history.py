@@ -247,7 +247,8 @@ class TestDashboardTells:
 
     def test_jobs_are_found_by_part_of_a_name_and_by_worker(self, night: Server, reader_of: ReaderOf) -> None:
         page = reader_of(night).open_live()
-        for text, title in (("igh", "Jobs with igh"), ("sh", "Jobs named sh"), ("atlas-1", "Jobs on atlas-1")):
+        titles = {"igh": "Jobs with “igh” in their name", "sh": "Jobs named sh", "atlas-1": "Jobs on atlas-1"}
+        for text, title in titles.items():
             page.goto(page.url.split("#")[0])
             page.get_by_label("Go to a job").fill(text)
             page.keyboard.press("Enter")
