@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,12 @@ def started(bench: "Bench", command: list[str], log: Path, text: str) -> tuple["
     return process, lines[0]
 
 
+def ending_at_once(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function so that SIGTERM ends it: by the bench's handler a bare server would wait for its connections."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    function(*arguments)
+
+
 def until(condition: Callable[[], object], seconds: float) -> None:
     """Wait until a condition holds, asking softly. Raises TimeoutError."""
     deadline = time.monotonic() + seconds
@@ -184,7 +191,7 @@ class Beside:
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
         context = multiprocessing.get_context("fork")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=function, args=(theirs, *arguments), daemon=True)
+        self._process = context.Process(target=ending_at_once, args=(function, theirs, *arguments), daemon=True)
         self._process.start()
         theirs.close()
         self.pid: int = self._process.pid or 0
