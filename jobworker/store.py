@@ -80,7 +80,7 @@ class Store:
             self._database = _open(path, chance or random.Random())
         except sqlite3.Error as error:
             raise StoreError(_explain(path, error)) from error
-        self._file = self._path and _identity(self._path)
+        self._files = {file: _identity(file) for file in self._own_files()}
         self.server_id: str = self._database.one("SELECT id FROM server")[0]
 
     def start(self) -> "Store":
@@ -195,9 +195,13 @@ class Store:
 
     def _check_file(self) -> None:
         """Take nothing more once the file is deleted or replaced: SQLite would go on writing to what nobody finds."""
-        if self._path and not self.broken and _identity(self._path) != self._file:
-            self.error, self.broken = f"database: {self._path} was deleted or replaced", True
-            _log.error("%s", self.error)
+        for file, identity in self._files.items():
+            if not self.broken and _identity(file) != identity:
+                self.error, self.broken = f"database: {file} was deleted or replaced", True
+                _log.error("%s", self.error)
+
+    def _own_files(self) -> list[Path]:
+        return [self._path, self._path.with_name(f"{self._path.name}-wal")] if self._path else []
 
     def _failure(self, error: Exception) -> Exception:
         if not isinstance(error, sqlite3.Error):

@@ -236,8 +236,9 @@ def has_copy_open(server: Server) -> bool:
 class TestLostFile:
     """Jobs are not taken for a file that nobody will find."""
 
-    def test_it_is_deleted(self, stage: Stage) -> None:
-        self.check(stage, lambda path: path.unlink())
+    @pytest.mark.parametrize("name", ["jobs.db", "jobs.db-wal"])
+    def test_it_is_deleted(self, name: str, stage: Stage) -> None:
+        self.check(stage, lambda path: path.with_name(name).unlink())
 
     def test_it_is_replaced(self, stage: Stage) -> None:
         def replace(path: Path) -> None:
