@@ -111,6 +111,16 @@ class TestHangingCommands(WithAJob):
         until(lambda: stage.docker.containers() == [])
 
     @meanwhile
+    def test_one_that_stops_is_killed_and_said_again(self, stage: Stage) -> None:
+        server, _worker, job = TestHangingCommands.begin(stage)
+        stage.docker.delay("stop", 1000)
+        server.http("DELETE", f"/api/jobs/{job}")
+        until(lambda: stage.docker.calls("stop"))
+        stage.docker.delay("stop", 0)
+        assert server.ended(job, 80)["state"] == "cancelled"
+        until(lambda: stage.docker.containers() == [])
+
+    @meanwhile
     def test_a_run_whose_container_has_ended_is_ended(self, stage: Stage) -> None:
         server, worker, job = TestHangingCommands.begin(stage)
         [client] = stage.docker.clients(job)
@@ -317,19 +327,28 @@ class TestLimits:
 
     def test_it_takes_as_many_files_as_it_may(self, stage: Stage) -> None:
         server = stage.server()
-        worker = stage.worker(server)
-        soft, hard = resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE)
-        assert soft == hard
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard - 1, hard))  # which a worker is started with
+        try:
+            worker = stage.worker(server)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
-    @pytest.mark.parametrize("trap", ["link", "open"])
+    @pytest.mark.parametrize("trap", ["link", "open", "another's"])
     def test_a_folder_for_locks_that_others_can_write_to_is_refused(self, tmp_path: Path, trap: str) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"
         if trap == "link":
             (tmp_path / "elsewhere").mkdir(mode=0o700)
             folder.symlink_to("elsewhere")
-        else:
+        elif trap == "open":
             folder.mkdir()
             folder.chmod(0o777)
+        elif os.getuid() == 0:
+            folder.mkdir(mode=0o700)
+            os.chown(folder, 65534, -1)
+        else:
+            pytest.skip("only root can make a folder another's")
         environment = os.environ | {"TMPDIR": str(tmp_path)}
         command = [sys.executable, str(ROOT / "client.py"), "--docker", "true", "localhost:1/runner"]
         ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=10)

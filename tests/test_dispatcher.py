@@ -211,6 +211,29 @@ class TestDelays:
         asyncio.run(play())
 
 
+class TestPruning:
+    def test_nothing_is_pruned_by_a_clock_that_was_set(self) -> None:
+        async def play() -> None:
+            store = Store(":memory:", deliver)
+            wall, steady = [1_790_000_000.0], [0.0]
+            outside = Outside(lambda: wall[0], lambda: steady[0])
+            core = Core(store, JOBS, argparse.Namespace(grace=60, keep=30 * 86_400), outside)
+            (job,) = commit(store, store.do(state.add, [NewJob("plain"), NewJob("plain")], core.clock()))[:1]
+            commit(store, store.do(state.cancel, job, core.clock()))
+            wall[0] += 40 * 86_400
+            core._tick()
+            core._prune()
+            commit(store)
+            assert commit(store, store.do(state.get, job))["state"] == "cancelled"
+            wall[0] += 3_600
+            steady[0] += 3_600
+            core._prune()
+            commit(store)
+            assert commit(store, store.do(state.get, job)).kind == "unknown"
+
+        asyncio.run(play())
+
+
 def commit(store: Store, future: Future[Any] | None = None) -> Any:
     while store._requests.qsize():
         store.commit_waiting()
