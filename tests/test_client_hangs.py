@@ -131,8 +131,8 @@ class TestWordsOfAJob:
         until(lambda: server.log(job) == b"connection refused\n")
         (stage.docker.folder / "down").touch()
         cut.touch()
-        until(lambda: worker.said("docker inspect did not get an answer"))
-        time.sleep(40)  # longer than what was not reached is waited for
+        until(lambda: worker.said("docker inspect did not get an answer"), 60)  # first it asks for the image
+        time.sleep(35)  # longer than what was not reached is waited for
         assert server.state(job) == "running"
         (stage.docker.folder / "down").unlink()
         go.touch()
