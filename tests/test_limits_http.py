@@ -18,7 +18,7 @@ import pytest
 
 from jobworker import api, message, web
 from jobworker.message import Response
-from jobworker.web import HttpServer
+from jobworker.web import UNSENT_TO_WORKER_BYTES, HttpServer
 from server import MAX_SILENT
 from tests.peers import HANDSHAKE, VERSION_2, ScriptedWorker, head
 from tests.stage import Program, Reply, Server, Stage, bearer, problem, read_to_end, until
@@ -293,16 +293,17 @@ def accepted(server: HttpServer) -> tuple[socket.socket, object] | None:
 
 
 class TestHandshakes:
-    def test_a_workers_connection_has_all_the_room_that_a_new_one_has(self) -> None:
-        """With the little that a caller's has, a worker with many jobs would seem not to read."""
-        room = [(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT), (socket.SOL_SOCKET, socket.SO_SNDBUF)]
+    def test_a_workers_connection_has_the_send_buffer_of_a_new_one_and_little_that_is_not_sent(self) -> None:
+        """With a small buffer a worker with many jobs would seem not to read; a ping waits for what is not sent."""
+        buffer, unsent = (socket.SOL_SOCKET, socket.SO_SNDBUF), (socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
         with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
             peer.sendall(head(b"GET /") + HANDSHAKE)
             worker, _ = until(lambda: accepted(server))
             with worker, socket.create_server(("127.0.0.1", 0)) as other, socket.create_connection(other.getsockname()):
                 new, _ = other.accept()
                 with new:
-                    assert [worker.getsockopt(*one) for one in room] == [new.getsockopt(*one) for one in room]
+                    assert worker.getsockopt(*buffer) == new.getsockopt(*buffer)
+                    assert worker.getsockopt(*unsent) == UNSENT_TO_WORKER_BYTES
 
     @pytest.mark.parametrize("protocol", [b"Sec-WebSocket-Protocol: " + VERSION_2.encode(), b"X: version 1"])
     def test_a_crowd_that_never_says_anything_shuts_no_worker_out(self, stage: Stage, protocol: bytes) -> None:
