@@ -143,7 +143,7 @@ class TestGroups:
 
     def test_news_are_told_although_their_group_failed(self, tmp_path: Path) -> None:
         store = Store(str(tmp_path / "jobs.db")).start()
-        first, _ = store.do(state_module.listen, None).result()
+        first, *_ = store.do(state_module.listen, None).result()
         (job,) = store.do(state_module.add, [NewJob("once")], 0.0).result()
 
         def tick_then_fail(db: state_module.Database) -> None:
