@@ -112,7 +112,7 @@ class TestLogsThatCanNotBeRead:
         once = '[ "$1" = logs ] && mkdir $HERE/once 2>/dev/null && exec $HERE/docker logs "$3"'
         server, worker, job, go = adopt(stage, once)
         worker.start()
-        until((stage.docker.folder / "once").exists)
+        until(lambda: stage.docker.calls("wait"))  # it has seen that the container runs on
         go.touch()
         assert server.ended(job, 20)["success"]
         assert server.log(job) == b"early\nlate\n"
