@@ -4,8 +4,9 @@ Everything happens on the event loop, but for `subprocess.run(["docker", "run", 
 slot; what the container writes comes through a pipe that the loop reads.
 
     Worker    the attempts that this worker holds, its slots, its configurations; keeps connected
+    Session   one connection with a server: frames in, batches out
     Attempt   one attempt of a job, from Enqueue to Settled, along TRANSITIONS; its container is a Life
-    World     how these reach the network, the engine, the clock and chance
+    World     how all of these reach the network, the engine, the clock and chance
 
 The container is the durable outbox: it has a name of its own for each job and attempt, labels that say whose it is, and
 no --rm. It is removed only after the server said Settled: the result is on disk. So a worker that was killed finds by
@@ -26,10 +27,10 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
@@ -46,7 +47,7 @@ import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand, option
-from jobworker.dialling import Complaints, destination, explain
+from jobworker.dialling import Complaints, Socket, destination, explain, limit_unsent
 from jobworker.ends import how_long, why
 from jobworker.identity import hold_name
 from jobworker.life import End, Life
@@ -58,12 +59,13 @@ from jobworker.options import (
     raise_limit_of_files,
     setting,
     settings,
+    slot_count,
     start_logging,
+    worker_name,
     worker_token,
 )
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
 from jobworker.processes import end_commands
-from jobworker.session import Session, Socket
 from protocol import (
     VERSION_2,
     Enqueue,
@@ -104,7 +106,6 @@ STEADY_SECONDS = 5
 SWEEP_SECONDS = 30
 KILL_SECONDS = 5
 MAX_THREADS = 20_000
-UNSENT_BYTES = 64 * 1024
 
 Result = JobSuccess | JobFailure
 OnEnd = Callable[["Attempt"], None]
@@ -133,6 +134,64 @@ class World:
     end_commands: Callable[[set[str]], Awaitable[None]]
     wall: Callable[[], float]
     chance: random.Random
+
+
+class Session:
+    """One connection with a server: what is sent goes out in order, a batch at a time."""
+
+    def __init__(self, socket_: Socket) -> None:
+        self._socket = socket_
+        self.version = 2 if socket_.subprotocol == VERSION_2 else 1
+        headers = socket_.response.headers if socket_.response else {}
+        self.server_id: str | None = headers.get(protocol.SERVER_HEADER)
+        self.knows_readings = protocol.READINGS_HEADER in headers
+        self.greeted = False
+        self._outbox: deque[protocol.FromWorker] = deque()
+        self._filled = asyncio.Event()
+
+    @property
+    def busy(self) -> bool:
+        return len(self._outbox) > 0
+
+    def send(self, message: protocol.FromWorker) -> None:
+        self._outbox.append(message)
+        self._filled.set()
+
+    async def run(self, receive: Callable[[protocol.FromServer], None]) -> None:
+        """Write what is sent, and hand over each message that comes, until the connection ends."""
+        writing = asyncio.ensure_future(self._write())
+        try:
+            async for data in self._socket:
+                for message in protocol.decode_from_server(data, self.version):
+                    receive(message)
+        except protocol.ProtocolError as error:
+            log.error("the server sent what can't be read: %s", error)
+            await self._socket.close(1007, str(error)[:100])
+        finally:
+            writing.cancel()
+            await asyncio.gather(writing, return_exceptions=True)
+
+    async def _write(self) -> None:
+        while True:
+            await self._filled.wait()
+            self._filled.clear()
+            while self._outbox:
+                await self._socket.send(self._next_frame())
+
+    def _next_frame(self) -> bytes:
+        if self.version == 1:
+            return protocol.encode(self._outbox.popleft())
+        batch: list[protocol.FromWorker] = []
+        size = 0
+        while self._outbox and size < protocol.BATCH_BYTES:
+            if isinstance(self._outbox[0], Hello) and batch:  # a Hello has a frame of its own
+                break
+            message = self._outbox.popleft()
+            if isinstance(message, Hello):
+                return protocol.encode(message)
+            size += len(message.data) if isinstance(message, Log) else 100
+            batch.append(message)
+        return protocol.encode_batch(batch)
 
 
 class Attempt:
@@ -655,10 +714,7 @@ def real_world(options: argparse.Namespace) -> World:
             logger=quiet_logger(),
         )
         async with connecting as connection:
-            # On a slow link a pong waits for what the kernel holds, which could be megabytes of a log.
-            connection.transport.get_extra_info("socket").setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES
-            )
+            limit_unsent(connection.transport.get_extra_info("socket"))
             yield connection
 
     async def end(words: set[str]) -> None:
@@ -692,25 +748,13 @@ async def work(options: argparse.Namespace, name: str) -> int:
 # Starting up
 
 
-def slots(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots from 1 to 9999")
-    return int(text)
-
-
-def worker_name(text: str) -> str:
-    if not (1 <= len(text) <= 128 and text.isprintable()):
-        raise argparse.ArgumentTypeError("a name has 1 to 128 printable characters")
-    return text
-
-
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("A jobworker worker.", VERSION, EXAMPLE)
     parser.add_argument("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
     parser.add_argument(
         "--name", type=worker_name, default=setting("NAME"), help="who it is (the host's name and a number)"
     )
-    parser.add_argument("--slots", type=slots, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
+    parser.add_argument("--slots", type=slot_count, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
     parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")
     parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Where a worker's server is, as people write it, and in plain words why it can't be reached."""
+"""Where a worker's server is, as people write it, what a connection with it must be, and why it can't be reached."""
 
 import argparse
 import contextlib
@@ -6,16 +6,37 @@ import errno
 import json
 import os
 import re
+import socket
 import ssl
+from collections.abc import AsyncIterator
 from http import HTTPStatus
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from websockets.exceptions import InvalidStatus
 
 RUNNER = "/runner"
 REMIND_SECONDS = 600
+UNSENT_BYTES = 64 * 1024
 SCHEMES = {"": "ws", "ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
 OTHER_PLACE = (200, 204, 400, 404, 405, 410, 426)  # answers of a path that is no jobworker server's /runner
+
+
+class Socket(Protocol):
+    """As much of a WebSocket connection as a session needs. Raises ConnectionClosed."""
+
+    @property
+    def subprotocol(self) -> str | None: ...
+    @property
+    def response(self) -> Any: ...
+    async def send(self, data: bytes, /) -> None: ...
+    async def close(self, code: int, reason: str) -> None: ...
+    def __aiter__(self) -> AsyncIterator[str | bytes]: ...
+
+
+def limit_unsent(connection: socket.socket) -> None:
+    """On a slow link a pong waits for what the kernel holds, which could be megabytes of a log."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
 
 def destination(text: str) -> str:

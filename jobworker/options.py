@@ -107,6 +107,18 @@ def worker_token(path: Path | None) -> str | None:
     raise OptionError(f"{path}: no line is 'worker TOKEN' or 'TOKEN'")
 
 
+def slot_count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of slots from 1 to 9999")
+    return int(text)
+
+
+def worker_name(text: str) -> str:
+    if not (1 <= len(text) <= 128 and text.isprintable()):
+        raise argparse.ArgumentTypeError("a name has 1 to 128 printable characters")
+    return text
+
+
 def quiet_logger() -> logging.Logger:
     """What websockets logs: failed handshakes are told by us where they matter, and its debug log would show tokens."""
     logger = logging.getLogger("websockets")
