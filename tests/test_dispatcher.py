@@ -67,9 +67,7 @@ class Table:
         self.dispatcher.send_claimed(commit.claimed)
 
     def do(self, function: Callable[..., Any], *args: Any) -> Any:
-        future = self.store.do(function, *args)
-        self.commit()
-        return future.result(0)
+        return commit(self.store, self.store.do(function, *args))
 
     def commit(self) -> None:
         commit(self.store)
@@ -187,49 +185,61 @@ class TestSlowLink:
         asyncio.run(play())
 
 
+class Clocks:
+    """A server's core without threads, on clocks that are set; it commits when it is told to."""
+
+    def __init__(self, keep: float = 0) -> None:
+        self.store = Store(":memory:", deliver)
+        self.wall, self.steady = 1_790_000_000.0, 0.0
+        outside = Outside(lambda: self.wall, lambda: self.steady)
+        self.core = Core(self.store, JOBS, argparse.Namespace(grace=60, keep=keep), outside)
+
+    def do(self, function: Callable[..., Any], *args: Any) -> Any:
+        return commit(self.store, self.store.do(function, *args))
+
+    def tick(self) -> None:
+        self.core._tick()
+        commit(self.store)
+
+    def prune(self) -> None:
+        self.core._prune()
+        commit(self.store)
+
+
 class TestDelays:
     """Delays follow a clock that is set, also where that can't be written at once."""
 
     def test_a_shift_that_fails_is_tried_again(self) -> None:
         async def play() -> None:
-            store = Store(":memory:", deliver)
-            wall, steady = [1_790_000_000.0], [0.0]
-            outside = Outside(lambda: wall[0], lambda: steady[0])
-            core = Core(store, JOBS, argparse.Namespace(grace=60, keep=0), outside)
-            (job,) = commit(store, store.do(state.add, [NewJob("plain", delay=60)], core.clock()))
-            store._database.connection.execute("PRAGMA query_only = 1")  # as on a full disk
-            wall[0] -= 365 * 86_400
-            core._tick()
-            commit(store)
-            store._database.connection.execute("PRAGMA query_only = 0")
+            clocks = Clocks()
+            (job,) = clocks.do(state.add, [NewJob("plain", delay=60)], clocks.core.clock())
+            clocks.store._database.connection.execute("PRAGMA query_only = 1")  # as on a full disk
+            clocks.wall -= 365 * 86_400
+            clocks.tick()
+            clocks.store._database.connection.execute("PRAGMA query_only = 0")
             for _ in range(3):
-                core._tick()
-                commit(store)
-            row = commit(store, store.do(state.get, job))
-            assert row["not_before"] == wall[0] + 60
+                clocks.tick()
+            assert clocks.do(state.get, job)["not_before"] == clocks.wall + 60
 
         asyncio.run(play())
 
 
 class TestPruning:
+    """What is pruned is not to be had back: a clock that was set is not trusted for an hour."""
+
     def test_nothing_is_pruned_by_a_clock_that_was_set(self) -> None:
         async def play() -> None:
-            store = Store(":memory:", deliver)
-            wall, steady = [1_790_000_000.0], [0.0]
-            outside = Outside(lambda: wall[0], lambda: steady[0])
-            core = Core(store, JOBS, argparse.Namespace(grace=60, keep=30 * 86_400), outside)
-            (job,) = commit(store, store.do(state.add, [NewJob("plain"), NewJob("plain")], core.clock()))[:1]
-            commit(store, store.do(state.cancel, job, core.clock()))
-            wall[0] += 40 * 86_400
-            core._tick()
-            core._prune()
-            commit(store)
-            assert commit(store, store.do(state.get, job))["state"] == "cancelled"
-            wall[0] += 3_600
-            steady[0] += 3_600
-            core._prune()
-            commit(store)
-            assert commit(store, store.do(state.get, job)).kind == "unknown"
+            clocks = Clocks(keep=30 * 86_400)
+            (job,) = clocks.do(state.add, [NewJob("plain"), NewJob("plain")], clocks.core.clock())[:1]
+            clocks.do(state.cancel, job, clocks.core.clock())
+            clocks.wall += 40 * 86_400
+            clocks.tick()
+            clocks.prune()
+            assert clocks.do(state.get, job)["state"] == "cancelled"
+            clocks.wall += 3_600
+            clocks.steady += 3_600
+            clocks.prune()
+            assert clocks.do(state.get, job).kind == "unknown"
 
         asyncio.run(play())
 
