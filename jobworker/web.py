@@ -21,6 +21,7 @@ import re
 import select
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -55,6 +56,7 @@ FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
 TOO_MANY_LARGE = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
 RUNNER_START = re.compile(rb"GET /runner[? ]")
+RESET = struct.pack("ii", True, 0)  # to close without waiting for what is unsent
 HANG_UP = getattr(select, "POLLRDHUP", select.POLLHUP)
 UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[ \t]*websocket[ \t]*\r\n", re.IGNORECASE)
 
@@ -358,6 +360,9 @@ class HttpConnection(BaseHTTPRequestHandler):
         left = MAX_BODY_BYTES
         while left > 0 and (more := self.rfile.read(65536)):
             left -= len(more)
+        # Where its bytes have filled our side before we shut it, a peer is told of no room that gets free: unless a
+        # reset tells it, it goes on asking for a minute. There is none where the peer has ended its side, too.
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
 def take_turn(semaphore: threading.Semaphore, stack: contextlib.ExitStack, otherwise: str) -> None:

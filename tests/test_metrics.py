@@ -179,6 +179,7 @@ class TestSchedules:
 
     def test_missed_and_skipped_due_times_are_counted(self, stage: Stage) -> None:
         server = stage.server(jobs="- {name: each, image: busybox, schedule: '* * * * *'}")
+        until(lambda: Metrics(server)("schedule_missed_total", name="each") is not None)
         for _ in range(2):  # nobody runs the first one, so the second time is skipped
             server.kill()
             with contextlib.closing(sqlite3.connect(stage.folder / "jobs.db")) as connection, connection:

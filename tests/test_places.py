@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -204,3 +204,20 @@ class TestDeadlines:
         with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
             peer.sendall(data)
             assert read_to_end(peer)[: len(reply) or None] == reply
+
+    def test_a_sender_that_is_refused_in_the_midst_knows_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the kernel had no room for what it sent: such a sender would wait for a minute."""
+        monkeypatch.setattr(web, "LINGER_SECONDS", 0)
+        monkeypatch.setattr(web, "MAX_BODY_BYTES", 10**12)  # read on until the deadline
+
+        def waits(server: HttpServer) -> bool:
+            with dial(server) as peer:
+                try:
+                    peer.sendall(head(b"POST /", b"Content-Length: x"))
+                    while True:
+                        peer.sendall(b"x" * 1_000_000)
+                except OSError as error:
+                    return isinstance(error, TimeoutError)
+
+        with serving(lambda _: Response(b"{}")) as server, ThreadPoolExecutor(32) as senders:
+            assert not any(senders.map(waits, [server] * 32))
