@@ -5,6 +5,9 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
 WITH_ENGINE := $(BIN)/python checks/engine.py run
 
+# Empty, it is as if it were not set: else each server and worker that a test starts compiles all of its code again.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help demo run test lint format coverage bench bench-peers simulate chaos mutants clean
 
 help: ## this list
@@ -17,7 +20,7 @@ run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
 	@$(WITH_ENGINE) --or-podman -- $(BIN)/python checks/demo.py --stay
 
 test: .venv/ready-dev browser nginx engines ## the tests, with real containers and a real browser
-	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest $(ARGS)
+	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
 	@$(BIN)/ruff check
