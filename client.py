@@ -24,7 +24,6 @@ import itertools
 import logging
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +45,7 @@ from websockets.typing import Subprotocol
 import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
-from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand, option
+from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand, name_for, option
 from jobworker.dialling import Complaints, Socket, destination, explain, limit_unsent
 from jobworker.ends import how_long, why
 from jobworker.identity import hold_name
@@ -197,16 +196,19 @@ class Session:
 class Attempt:
     """One attempt of a job, from Enqueue to Settled: its states, and what the server is told of it."""
 
-    def __init__(self, life: Life, key: tuple[int, int], name: str, environment: dict[str, str]) -> None:
-        self.key, self.name, self.environment = key, name, environment
+    def __init__(self, life: Life, key: tuple[int, int], environment: dict[str, str]) -> None:
+        self.key, self.environment = key, environment
         self.job, self.attempt = key
-        self.title = f"job {self.job} ({name})"
         self.state = "assigned"
         self.life = life
         self.result: Result | None = None
         self._reported_on: Session | None = None
         self._told: tuple[Session | None, str] = (None, "")  # of which pull, on which connection
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def title(self) -> str:
+        return f"job {self.job} ({self.life.name})" if self.life.name else f"job {self.job}"
 
     def _move(self, event: str) -> None:
         self.state = TRANSITIONS[self.state, event]
@@ -217,8 +219,9 @@ class Attempt:
     def run(self, labels: dict[str, str], globs: list[str], version: int, on_end: OnEnd) -> None:
         """Start its container. globs: the images that this worker runs; none: all. on_end: called with the result."""
         job, attempt = map(str, self.key)
-        labels = {**labels, "jobworker.job": job, "jobworker.attempt": attempt, "jobworker.name": self.name}
-        own = {"JOBWORKER_JOB_ID": job, "JOBWORKER_JOB_NAME": self.name, "JOBWORKER_ATTEMPT": attempt}
+        name = self.life.name
+        labels = {**labels, "jobworker.job": job, "jobworker.attempt": attempt, "jobworker.name": name}
+        own = {"JOBWORKER_JOB_ID": job, "JOBWORKER_JOB_NAME": name, "JOBWORKER_ATTEMPT": attempt}
         self._start(self.life.run(labels, self.environment | own, globs, version), on_end)
 
     def adopt(self, wall: Callable[[], float], on_end: OnEnd) -> None:
@@ -438,7 +441,7 @@ class Worker:
         number = message.attempt or next(self._numbers)  # version 1 has none, and its ids may come again
         if (message.job, number) in self.held:
             return
-        container = f"jobworker-{re.sub('[^a-zA-Z0-9]', '', self.server_id or '')[-8:]}-{message.job}-{number}"
+        container = name_for(self.server_id or "", message.job, number)
         self._hold((message.job, number), message.name, container, message.environment or {})
         self._ask()
 
@@ -459,15 +462,10 @@ class Worker:
     # The attempts
 
     def _hold(
-        self,
-        key: tuple[int, int],
-        name: str,
-        container: str,
-        environment: dict[str, str],
-        reading: int | None = 0,
+        self, key: tuple[int, int], name: str, container: str, environment: dict[str, str], reading: int | None = 0
     ) -> Attempt:
         life = Life(self.engine, self.configs, name, container, Output(reading))
-        self.held[key] = attempt = Attempt(life, key, name, environment)
+        self.held[key] = attempt = Attempt(life, key, environment)
         return attempt
 
     def _ask(self) -> None:
@@ -486,7 +484,7 @@ class Worker:
             return
         if self.session.version == 2:
             self.session.send(JobRunning(*attempt.key))
-        elif attempt.name in self.configs:
+        elif attempt.life.name in self.configs:
             self.session.send(JobRunning(attempt.job))
             self._start(attempt)
         else:

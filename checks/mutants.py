@@ -288,6 +288,13 @@ MUTANTS = (
         "if answer.code == 0:",
     ),
     Mutant(
+        "one that can't be inspected",
+        "jobworker/container.py",
+        "others_are_found_beside_it",
+        "            if found is None:  # one may",
+        "            if False:  # one may",
+    ),
+    Mutant(
         "a shift of delays is not lost",
         "server.py",
         "a_shift_that_fails",

@@ -1,10 +1,10 @@
 """Plays histories: the real store, dispatcher, sessions and attempts in one process, in a world that fails by a seed.
 
 The event loop's clock is virtual: it jumps to the next timer. What touches the world is played here: links that delay,
-cut, go slow and silent; engines that refuse, hang, lose their command, restart, won't remove a container; a disk that
-is full, or whose fsync fails; clocks that are set; people who post, cancel and reload; `kill -9` of the server and of
-workers between any two steps. One seed is one history, which is replayed exactly. After the storm all is mended, and
-the promises are counted from the ledgers of the engines and of the people.
+cut, go slow and silent; engines that refuse, hang, tell nothing of one container, lose their command, restart, won't
+remove a container; a disk that is full, or whose fsync fails; clocks that are set; people who post, cancel and reload;
+`kill -9` of the server and of workers between any two steps. One seed is one history, which is replayed exactly. After
+the storm all is mended, and the promises are counted from the ledgers of the engines and of the people.
 
     python checks/simulate.py                              1,000 histories on all cores
     python checks/simulate.py --histories 200000 --seed 7  more of them, from another seed on
@@ -64,7 +64,7 @@ class History(World):
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
             self.go_off_line, self.go_slow, self.go_slow,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
-            self.kill_clients, self.hang_clients, self.stick, self.prune_images, self.disk_trouble,
+            self.kill_clients, self.hang_clients, self.stick, self.mute, self.prune_images, self.disk_trouble,
             *[self.post_with_key if self.keep else self.set_clock] * 2, self.post_with_key,
         ]  # fmt: skip
 
@@ -216,6 +216,12 @@ class History(World):
         engine.busy |= stuck
         self.mend_within(30, engine.busy.difference_update, stuck)
 
+    def mute(self) -> None:
+        engine = self.chance.choice(self.hosts).engine
+        muted = set(list(engine.containers)[:1])
+        engine.mute |= muted
+        self.mend_within(30, engine.mute.difference_update, muted)
+
     def prune_images(self) -> None:
         self.chance.choice(self.hosts).engine.images.clear()
 
@@ -257,6 +263,7 @@ class History(World):
             host.engine.mend()
             host.off_line = False
             host.engine.busy.clear()
+            host.engine.mute.clear()
             host.start()
         self.tell("calm")
         deadline = self.now() + CALM_SECONDS

@@ -63,6 +63,7 @@ from jobworker.parameters import (
     WORKER_ID,
     Q,
 )
+from jobworker.pattern import Matching
 from jobworker.routes import Route
 from jobworker.shapes import (
     attempt_json,
@@ -126,8 +127,13 @@ def whole_if_it_is(text: str) -> float:
     return int(number) if number.is_integer() else number
 
 
-def new_job(configs: Configs, name: object, body: object, number: int | None = None) -> NewJob:
-    """Give the job that a body asks for; number: of the item in a list, where it is one. Raises ApiError."""
+def new_job(
+    configs: Configs, name: object, body: object, number: int | None = None, matching: Matching | None = None
+) -> NewJob:
+    """Give the job that a body asks for. Raises ApiError.
+
+    number: of the item in a list, where it is one; matching: the list's.
+    """
     config = configs.by_name.get(name) if isinstance(name, str) else None
     if config and body == {} and not config.parameters:
         return NewJob(config.name, {}, config.priority)
@@ -138,7 +144,7 @@ def new_job(configs: Configs, name: object, body: object, number: int | None = N
         detail = f"{where}there is no job named {name!r} in jobs.yaml{meant and f'; {meant}'}; there are: {known}"
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     try:
-        return _checked(config, body)
+        return _checked(config, body, matching)
     except ValueError as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
 
@@ -153,7 +159,7 @@ def read_job(request: Request) -> Any:
     return read_json(body)
 
 
-def _checked(config: JobConfig, body: object) -> NewJob:
+def _checked(config: JobConfig, body: object, matching: Matching | None) -> NewJob:
     if not isinstance(body, dict):
         raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
     for unknown in body.keys() - {"environment", "priority", "delay"}:
@@ -163,7 +169,8 @@ def _checked(config: JobConfig, body: object) -> NewJob:
         raise ValueError("priority must be an integer of 32 bits")
     if type(delay) not in (int, float) or not 0 <= delay <= MAX_DELAY_SECONDS:
         raise ValueError(f"delay must be a number of seconds from 0 to {MAX_DELAY_SECONDS}")
-    return NewJob(config.name, check_parameters(config, body.get("environment", {})), priority, delay)
+    environment = check_parameters(config, body.get("environment", {}), matching)
+    return NewJob(config.name, environment, priority, delay)
 
 
 def read_list(
@@ -171,6 +178,7 @@ def read_list(
 ) -> tuple[Callable[[], list[NewJob]], Key | None]:
     """Give what gives the jobs that a list asks for, or raises ApiError, and its mark: mark(key, "POST", LIST)."""
     jobs: list[NewJob] = []
+    matching = Matching()
     wrong: list[ApiError] = []  # raised when the key has been looked up
     content = hashlib.sha256(b'["POST", [')
     for n, item in enumerate(read_items(body, MAX_LIST_JOBS)):
@@ -178,7 +186,7 @@ def read_list(
             content.update(b", " * (n > 0) + as_compared(item))
         try:
             if not wrong:
-                jobs.append(new_job(configs, item.pop("name", None), item, n))
+                jobs.append(new_job(configs, item.pop("name", None), item, n, matching))
         except ApiError as error:
             wrong = [error]
             if key is None:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from jobworker.hints import explain_yaml, folded, hint_for_key, near_name, shell_word
-from jobworker.pattern import TooLong, compiled
+from jobworker.pattern import Matching, TooLong, compiled
 from jobworker.schedule import Schedule
 
 CONFIG_LIMIT_BYTES = 1024 * 1024
@@ -52,16 +52,17 @@ class Parameter:
     default: str | None = None
     pattern: str | None = None
 
-    def flaw_of(self, value: object) -> str:
-        """Say why this parameter cannot be that value, nothing where it can."""
+    def flaw_of(self, value: object, matching: Matching | None = None) -> str:
+        """Say why this parameter cannot be that value, nothing where it can. matching: all of one request's."""
         if not isinstance(value, str):
             return f"must be a string in quotes, not {json.dumps(value)[:60]}"
         if flaw := _flaw(value):
             return flaw
         try:
-            fits = self.pattern is None or compiled(self.pattern).fullmatch(value)
+            fits = self.pattern is None or compiled(self.pattern).fullmatch(value, matching)
         except TooLong:
-            return f"is too long to be matched with the pattern {self.pattern}: {len(value):,} characters"
+            rest = f"at {len(value):,} characters, with all before it: send shorter values, or fewer jobs at once"
+            return f"takes too long to be matched with the pattern {self.pattern} {rest}"
         return "" if fits else f"must match the pattern {self.pattern}, which {_show(value)} does not"
 
 
@@ -192,19 +193,20 @@ def load_jobs(path: str | Path) -> tuple[JobConfig, ...]:
         raise
 
 
-def check_parameters(config: JobConfig, environment: object) -> dict[str, str]:
+def check_parameters(config: JobConfig, environment: object, matching: Matching | None = None) -> dict[str, str]:
     """Give what a POST sets in a job's environment, defaults filled in.
 
-    environment: the body's value, of any type. Raises ValueError with a sentence for the caller.
+    environment: the body's value, of any type. matching: one for all jobs of a request. Raises ValueError with a
+    sentence for the caller.
     """
-    given = {} if environment is None else environment
+    given, matching = {} if environment is None else environment, matching or Matching()
     if not isinstance(given, dict):
         raise ValueError('"environment" must be an object such as {"NAME": "value"}')
     for name, value in given.items():
         if name not in config.parameters:
             allowed = ", ".join(config.parameters) or 'none: add it under "parameters" in jobs.yaml'
             raise ValueError(f"{_show(name)} is no parameter of {config.name}, which takes {allowed}")
-        if flaw := config.parameters[name].flaw_of(value):
+        if flaw := config.parameters[name].flaw_of(value, matching):
             raise ValueError(f"{name} {flaw}")
     for name, parameter in config.parameters.items():
         if parameter.required and name not in given:

@@ -4,6 +4,7 @@ It knows nothing of the wire, of sessions or of the life of an attempt.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -15,6 +16,8 @@ from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 ANSWER_SECONDS = 30  # for every command but `run`, `pull`, `wait` and `logs`
+INSPECT_SECONDS = 5  # of all containers together, of each alone: a worker that looks must be back before its grace ends
+INSPECTIONS = 8  # at the same time
 WAIT_SECONDS = 300  # for one `wait`, which is then said again
 ENGINE_RETRY_SECONDS = 1
 ENGINE_RETRY_CEILING_SECONDS = 8
@@ -22,6 +25,7 @@ ENGINE_PATIENCE_SECONDS = 30
 CREATED_SECONDS = 0.5
 KILLED = 137
 NEVER_STARTED = ("created", "initialized")  # the latter is podman's
+UNKNOWN = "in a state that can't be inspected"
 HALF_REMOVED = ("dead", "removing")  # has ended, and its log can't be read any more
 # The only words that mean that there is none; whatever else an engine says, it may be there.
 ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
@@ -29,6 +33,7 @@ ABSENT = re.compile("no such (container|object|image)|image not known|no contain
 UNREACHED = re.compile(
     "(docker: )?(cannot connect to the docker daemon|permission denied while trying to connect)", re.IGNORECASE
 )
+CONTAINER = re.compile(r"jobworker-[a-zA-Z0-9]*-(\d+)-(\d+)")
 COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
 COMPLAINT_BYTES = 1000
 UNREADABLE = b"configured logging driver does not support reading"
@@ -75,7 +80,7 @@ class RunCommand(Protocol):
 
 
 class Found(NamedTuple):
-    """A container of this worker."""
+    """A container of this worker. Where it can't be inspected, its state is UNKNOWN, and the name of its job ""."""
 
     job: int
     attempt: int
@@ -241,27 +246,55 @@ class Engine:
         raise AssertionError
 
     async def containers(self, labels: dict[str, str]) -> list[Found]:
-        """Give the containers with these labels. Waits until the engine has told of each."""
+        """Give the containers with these labels. Of one that can't be inspected, its name tells whose it is."""
         filters = [f"--filter=label={key}={value}" for key, value in labels.items()]
         said = ""
         for delay in backoff():
-            ids = (await self.retry_until_answered("ps", "--all", "--quiet", "--no-trunc", *filters)).out.split()
-            if not ids:
-                return []
-            code, out, err = await self._inspect_all(ids)
-            listed = read_list(out)
-            absent = sum(bool(ABSENT.search(line)) for line in err.splitlines()) if code > 0 else 0
-            if len(listed) + absent >= len(ids):
-                return [found for each in listed if (found := read_found(each))]
-            said = complain("inspect", err.strip() or f"it says {out[:100]!r}", said)
+            rows = (await self.retry_until_answered("ps", "--all", "--format={{.Names}} {{.ID}}", *filters)).out
+            names = [row.split()[0] for row in rows.splitlines() if row.strip()]
+            found, problem = await self._inspect(names) if names else ([], "")
+            if found is None:  # one may hold up all others
+                found = await self._inspect_each(names)
+            if found is not None:
+                return found
+            said = complain("inspect", problem, said)
             await asyncio.sleep(delay)
         raise AssertionError
 
-    async def _inspect_all(self, ids: list[str]) -> Answer:
+    async def _inspect(self, names: list[str]) -> tuple[list[Found] | None, str]:
+        """Give which of these containers are there, and ours; None, and why, where the engine does not tell of each."""
         try:
-            return await self._command(["inspect", "--type=container", *ids], deadline=ANSWER_SECONDS)
+            words = ["inspect", "--type=container", *names]
+            code, out, err = await self._command(words, deadline=INSPECT_SECONDS)
         except (NotStarted, PastDeadline) as error:
-            return Answer(-1, err=str(error))
+            return None, str(error)
+        listed = read_list(out)
+        absent = sum(bool(ABSENT.search(line)) for line in err.splitlines()) if code > 0 else 0
+        if len(listed) + absent < len(names):
+            return None, err.strip() or f"it says {out[:100]!r}"
+        return [found for each in listed if (found := read_found(each))], ""
+
+    async def _inspect_each(self, names: list[str]) -> list[Found] | None:
+        places = asyncio.Semaphore(INSPECTIONS)
+
+        async def inspect(name: str) -> list[Found] | None:
+            found = None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * INSPECT_SECONDS), places:
+                    found, _problem = await self._inspect([name])
+            return read_name(name) if found is None else found
+
+        told = await asyncio.gather(*map(inspect, names))
+        return None if None in told else [found for each in told for found in each or ()]
+
+    async def inspect(self, container: str) -> dict[str, Any] | None:
+        """Give all that the engine tells of a container, once it tells its state; None where there is none."""
+        words = ["inspect", "--type=container", container]
+        answer = await self.retry_until_answered(*words, about=container, is_answer=read_state_of)
+        if answer.code:
+            return None
+        self._tells_states = True
+        return read_list(answer.out)[0]
 
     async def remove(self, containers: list[str], force: bool = True) -> dict[str, str]:
         """Remove containers with their anonymous volumes, running ones only by force; those that failed, and why."""
@@ -282,9 +315,12 @@ class Engine:
         return failed
 
     async def remove_if_never_started(self, container: str) -> bool:
-        """Remove a container that was only created; False where it has started, as one whose start was under way."""
+        """Remove a container that was only created; False where it may have started: its start may be under way."""
         await asyncio.sleep(CREATED_SECONDS)
-        state = await self.state(container)
+        try:
+            state = await self.state(container, ENGINE_PATIENCE_SECONDS)
+        except EngineAway:
+            return False
         if state and state.get("Status") not in NEVER_STARTED:
             return False
         return not await self.remove([container], force=False)
@@ -356,15 +392,29 @@ def read_state_of(text: str) -> dict[str, Any] | None:
     return states[0] if states and isinstance(states[0], dict) else None
 
 
+def labels_of(inspected: dict[str, Any]) -> dict[str, Any]:
+    return (inspected.get("Config") or {}).get("Labels") or {}
+
+
 def read_found(inspected: dict[str, Any]) -> Found | None:
     """Give a container of ours from what `inspect` says of it; None where its labels are not ours."""
-    labels = (inspected.get("Config") or {}).get("Labels") or {}
+    labels = labels_of(inspected)
     job, attempt = (str(labels.get(f"jobworker.{key}")) for key in ("job", "attempt"))
     if not (job.isdecimal() and attempt.isdecimal()):
         return None
     status = str((inspected.get("State") or {}).get("Status"))
     name = str(inspected.get("Name")).removeprefix("/")
     return Found(int(job), int(attempt), status, name, str(labels.get("jobworker.name", "")))
+
+
+def name_for(server_id: str, job: int, attempt: int) -> str:
+    """Give the name of an attempt's container, from which read_name knows it again."""
+    return f"jobworker-{re.sub('[^a-zA-Z0-9]', '', server_id)[-8:]}-{job}-{attempt}"
+
+
+def read_name(container: str) -> list[Found] | None:
+    own = CONTAINER.fullmatch(container)
+    return [Found(int(own[1]), int(own[2]), UNKNOWN, container, "")] if own else None
 
 
 # From a configuration's key to its option of `docker run` and what its value must be: once for each entry of a list or
@@ -474,7 +524,7 @@ def is_running(state: dict[str, Any]) -> bool:
 
 
 def may_run(status: str) -> bool:
-    return status in NEVER_STARTED or is_running({"Status": status})
+    return status in (*NEVER_STARTED, UNKNOWN) or is_running({"Status": status})
 
 
 def has_other_code(state: dict[str, Any], code: int) -> bool:

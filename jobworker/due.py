@@ -109,7 +109,7 @@ class Scheduler:
         self._store, self._clock = store, clock
         self._entries: dict[str, Scheduled] = {}
         self._cursors: dict[str, float] = {}
-        self._next: dict[str, float] = {}  # always computed from the schedule and its cursor
+        self._next: dict[str, float] = {}  # not due before: the cursor, until the next due time is computed from it
         self._is_adopted = True
         self._waiting = False  # for the store
 
@@ -138,8 +138,7 @@ class Scheduler:
         self._store.do_then(adopted, adopt_schedules, texts, now)
 
     def _move(self, name: str, upto: float) -> None:
-        self._cursors[name] = upto
-        self._next[name] = self._entries[name].schedule.next_due(upto)
+        self._cursors[name] = self._next[name] = upto
 
     def tick(self) -> None:
         """Have queued what is due now."""
@@ -155,9 +154,11 @@ class Scheduler:
     def _dues(self, now: float) -> list[Due]:
         """Give what is due: of several due times of a schedule the latest."""
         begin, found = time.perf_counter(), []
-        for name, next_due in self._next.items():
-            if next_due <= now:
-                found.append(self._due(name, now))
+        for name, not_before in self._next.items():
+            if not_before <= now:
+                self._next[name] = next_due = self._entries[name].schedule.next_due(self._cursors[name])
+                if next_due <= now:
+                    found.append(self._due(name, now))
                 if time.perf_counter() - begin > LOOK_SECONDS:
                     break
         return found

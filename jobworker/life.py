@@ -24,6 +24,7 @@ from jobworker.container import (
     exit_of_command,
     has_other_code,
     is_running,
+    labels_of,
     may_run,
     read_state,
     seconds_since,
@@ -50,8 +51,8 @@ class End(NamedTuple):
 class Life:
     """One container. Its end comes from `run` or `adopt`.
 
-    configs: the worker's, by job name. A job keeps the one from its start; a container found running has the one in
-    force.
+    name: the job's; "" where only the container's labels tell it. configs: the worker's, by job name. A job keeps the
+    one from its start; a container found running has the one in force.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Life:
     ) -> None:
         self.container = container
         self.output = output or Output()
-        self._engine, self._configs, self._name = engine, configs, name
+        self._engine, self._configs, self.name = engine, configs, name
         self._config: Config | None = None
         self._started: float | None = None  # on the loop's clock
         self._stop_reason: str | None = None
@@ -71,7 +72,7 @@ class Life:
 
     @property
     def config(self) -> Config:
-        return self._config or self._configs.get(self._name, {})
+        return self._config or self._configs.get(self.name, {})
 
     def stop(self, reason: str, at_once: bool) -> None:
         """Have it end: TERM, the grace period, KILL. at_once: it may have a container; else it will not start."""
@@ -113,10 +114,10 @@ class Life:
 
     async def run(self, labels: dict[str, str], environment: dict[str, str], globs: list[str], version: int) -> End:
         """Live from Go to the end. globs: the images that this worker runs; none: all."""
-        config = self._configs.get(self._name)
+        config = self._configs.get(self.name)
         try:
             if config is None:
-                raise ValueError(f"the server sent no configuration for {self._name}")
+                raise ValueError(f"the server sent no configuration for {self.name}")
             command = docker_run_command(config, self.container, labels, environment, version)
         except (ValueError, TypeError, AttributeError, KeyError) as error:  # another server's may be of any form
             return self.failure("config", str(error))
@@ -177,7 +178,9 @@ class Life:
 
     async def adopt(self, wall: Callable[[], float]) -> End:
         """Live from a container that a former life has left, running or ended, to the end."""
-        state = await self._engine.state(self.container) or {}
+        inspected = await self._engine.inspect(self.container) or {}
+        self.name = str(labels_of(inspected).get("jobworker.name", self.name))
+        state = inspected.get("State", {})
         self._started = asyncio.get_running_loop().time() - seconds_since(str(state.get("StartedAt")), wall())
         await self._follow()
         return await self._conclude(None)

@@ -8,13 +8,14 @@ matches nothing.
 
 import functools
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from re import _constants as codes
 from re import _parser as parser
 from typing import Any, NamedTuple
 
 MAX_STATES = 20_000
-MAX_STEPS = 60_000  # of one match: some 25 ms where they take longest
+MAX_STEPS = 60_000  # of all matches for one request: some 25 ms where they take longest
 
 # What stands before or after a place in the text, as far as an anchor can tell.
 EDGE, LAST_NEWLINE, NEWLINE, WORD, OTHER = range(5)
@@ -38,7 +39,24 @@ _REFUSED = {
 
 
 class TooLong(ValueError):
-    """The text is too long to be matched against this expression within MAX_STEPS."""
+    """A match takes more steps than are left of MAX_STEPS."""
+
+
+class Matching:
+    """What one request may spend on matches: what has been found out about an expression costs nothing again."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._known: defaultdict[str, dict[Any, frozenset[int]]] = defaultdict(dict)
+
+    def known(self, expression: str) -> dict[Any, frozenset[int]]:
+        return self._known[expression]
+
+    def spend(self, steps: int) -> None:
+        """Raises TooLong."""
+        self._steps += steps
+        if self._steps > MAX_STEPS:
+            raise TooLong
 
 
 class _State(NamedTuple):
@@ -66,27 +84,33 @@ class Pattern:
         self._end = self._add(())
         self._start = self._sequence(parsed, self._end, parsed.state.flags)
 
-    def fullmatch(self, text: str) -> bool:
+    def fullmatch(self, text: str, matching: Matching | None = None) -> bool:
         """Whether the whole text matches. Raises TooLong."""
-        known: dict[tuple[frozenset[int], int, str, int], frozenset[int]] = {}
-        here, before, steps = frozenset({self._start}), EDGE, 0
+        matching = matching or Matching()
+        known = matching.known(self.expression)
+        here, before = frozenset({self._start}), EDGE
         for position, character in enumerate(text):
             after = _kind(character, position == len(text) - 1)
             key = (here, before, character, after)
             if key not in known:
-                reached = self._closure(here, before, after)
-                known[key] = frozenset(
-                    self._states[each].next[0]
-                    for each in reached
-                    if self._states[each].one and self._reads(each, character)
-                )
-                steps += len(reached) + 1
-                if steps > MAX_STEPS:
-                    raise TooLong
+                known[key] = self._step(*key, matching)
             here, before = known[key], after
             if not here:
                 return False
-        return self._end in self._closure(here, before, EDGE)
+        key = (here, before, "", EDGE)
+        if key not in known:
+            known[key] = self._step(*key, matching)
+        return self._end in known[key]
+
+    def _step(
+        self, here: frozenset[int], before: int, character: str, after: int, matching: Matching
+    ) -> frozenset[int]:
+        """Give the states after a character, or those at the end of the text. Raises TooLong."""
+        reached = self._closure(here, before, after)
+        matching.spend(len(reached) + 1)
+        if not character:
+            return frozenset(reached)
+        return frozenset(self._states[each].next[0] for each in reached if self._reads(each, character))
 
     def _reads(self, state: int, character: str) -> bool:
         _next, one, _anchor, flags = self._states[state]

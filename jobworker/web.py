@@ -54,6 +54,8 @@ UNSENT_TO_WORKER_BYTES = 64 * 1024  # which a ping has to wait for
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
+REFUSALS_SECONDS = 60
+REFUSALS_TOLD = 10  # in this time
 TOO_MANY_LARGE = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
 RUNNER_START = re.compile(rb"GET /runner[? ]")
 RESET = struct.pack("ii", True, 0)  # to close without waiting for what is unsent
@@ -208,7 +210,7 @@ class HttpConnection(BaseHTTPRequestHandler):
             self.rfile.read(len(head) + 4)
             request = parse_head(head)
             self.stranger = not self.server.access.allows("api", request.headers.get("authorization"))
-            self.server.access.check(request)
+            self.server.access.check(request, self.client_address[0])
             response = self._answer(request)
         except BadFraming as error:
             self._respond(problem(error))
@@ -419,15 +421,37 @@ class RunnerListener(socket.socket):
         raise BlockingIOError
 
 
+class Refusals:
+    """Logs who was refused for a token, and of a flood of them how many they were. For any thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._count, self._until = 0, -math.inf
+
+    def tell(self, text: str) -> None:
+        with self._lock:
+            untold, now = 0, self._clock()
+            if now >= self._until:
+                untold, self._count, self._until = self._count - REFUSALS_TOLD, 0, now + REFUSALS_SECONDS
+            self._count += 1
+            count = self._count
+        if untold > 0:
+            log.warning("%d more were refused", untold)
+        if count <= REFUSALS_TOLD:
+            log.warning("%s%s", text, "; more within a minute are only counted" if count == REFUSALS_TOLD else "")
+
+
 class Access:
     """Who may do what: tokens, and what protects a browser's user from pages of other sites."""
 
     def __init__(self, host: str, tokens: dict[str, set[str]]) -> None:
         self.tokens = tokens
+        self._refusals = Refusals()
         self.hosts = {"localhost", host.lower(), socket.gethostname().lower()}
 
-    def check(self, request: Request) -> None:
-        """Raise ApiError for a request that must not be served."""
+    def check(self, request: Request, address: str) -> None:
+        """Raise ApiError for a request that must not be served. address: of its caller."""
         page = request.path == "/" and request.method == "GET"  # anyone may link to the dashboard
         host, origin = request.headers["host"], request.headers.get("origin")
         if not self.tokens["api"] and not self._knows(host):
@@ -441,6 +465,7 @@ class Access:
             detail = "this needs a token: Authorization: Bearer TOKEN"
             if "authorization" in request.headers:
                 detail = "this is not a token of the API; is it whole, and is it the worker's?"
+                self._refusals.tell(f"a request of {address} was refused: a wrong token")
             raise ApiError(HTTPStatus.UNAUTHORIZED, detail, **{"WWW-Authenticate": "Bearer"})
 
     def _knows(self, host: str) -> bool:
@@ -465,6 +490,7 @@ class Access:
         given = request.headers.get_all("Authorization")
         if self.allows("worker", given[0] if len(given) == 1 else None):
             return None
-        log.warning("a worker at %s was refused: %s token", connection.remote_address[0], "a wrong" if given else "no")
+        which = "a wrong" if given else "no"
+        self._refusals.tell(f"a worker at {connection.remote_address[0]} was refused: {which} token")
         words = ("this is not a worker's token: see its", "this needs a worker's token:")[not given]
         return connection.respond(HTTPStatus.UNAUTHORIZED, f"{words} --token-file\n")

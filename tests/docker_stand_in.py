@@ -3,9 +3,9 @@
     python tests/docker_stand_in.py FOLDER     lay out FOLDER: a `docker` to be put first on PATH, and all it needs
 
 What happens is noted in FOLDER/ledger; FOLDER/down is an engine that is not there, FOLDER/VERB-delay a slow one,
-FOLDER/refuse what it says instead of anything else, FOLDER/busy-NAME a container that it does not remove, and
-FOLDER/hang-NAME one of which a removal never ends. A worker starts this program for each of its calls, so it imports
-little, and its byte code is made beforehand.
+FOLDER/refuse what it says instead of anything else, FOLDER/busy-NAME a container that it does not remove,
+FOLDER/hang-NAME one of which a removal never ends, and FOLDER/mute-NAME one that can't be inspected. A worker starts
+this program for each of its calls, so it imports little, and its byte code is made beforehand.
 """
 
 from __future__ import annotations
@@ -376,6 +376,9 @@ def inspect(*words: str) -> None:
 
     options, names = split(words)
     template = (options.get("--format") or options.get("-f") or [""])[0]
+    for name in names:
+        while os.path.exists(HERE + "mute-" + name):
+            time.sleep(0.01)
     found = [description(name) for name in names if os.path.isdir(BOXES + name)]
     print(json.dumps(found) if not template else "\n".join(render(template, one) for one in found))
     for name in names:

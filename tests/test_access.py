@@ -16,6 +16,7 @@ from websockets.typing import Origin
 
 import protocol
 from jobworker.api import description
+from jobworker.web import REFUSALS_SECONDS, REFUSALS_TOLD, Refusals
 from tests.peers import (
     VERSION_2,
     WEBSOCKET,
@@ -125,6 +126,26 @@ class TestTokens:
     def test_what_is_not_the_token_does_not_open(self, guarded: Server, authorization: str) -> None:
         request = head(b"GET /api/jobs", b"Authorization: " + authorization.encode("latin-1"), b"Connection: close")
         assert re.findall(rb"^HTTP/1.1 (\d+)", guarded.raw(request)) in ([b"401"], [b"400"])
+
+    def test_a_wrong_one_is_logged_but_not_its_words_and_no_flood_of_them(self, stage: Stage) -> None:
+        (stage.folder / "tokens").write_text(f"api {KEY}\nworker iamone-0123456789\n")
+        server = stage.server("--hold", "--token-file", str(stage.folder / "tokens"))
+        problem(server.http("GET", "/api/jobs"), 401)  # as a browser does before it is told a token
+        for number in range(5 * REFUSALS_TOLD):
+            problem(server.http("GET", "/api/jobs", headers=bearer(f"{SECRET}-{number}")), 401)
+        until(lambda: server.said("; more within a minute are only counted"))
+        lines = re.findall(".*127.0.0.1 was refused: a wrong token.*", server.stderr)
+        assert len(lines) == REFUSALS_TOLD
+        assert lines[-1].endswith("; more within a minute are only counted")
+        assert SECRET not in server.stderr
+
+    def test_after_a_flood_it_is_told_how_many_there_were(self, caplog: pytest.LogCaptureFixture) -> None:
+        times = [*range(REFUSALS_TOLD + 3), REFUSALS_SECONDS]
+        refusals = Refusals(iter(times).__next__)
+        for _ in times:
+            refusals.tell("a request of ::1 was refused: a wrong token")
+        assert caplog.messages[-2:] == ["3 more were refused", "a request of ::1 was refused: a wrong token"]
+        assert len(caplog.messages) == REFUSALS_TOLD + 2
 
     def test_two_tokens_are_no_token(self, guarded: Server) -> None:
         fields = [b"Authorization: Bearer " + token for token in (KEY.encode(), b"wrong")]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import random
 import re
 import time
 from collections.abc import Iterator
@@ -40,6 +41,12 @@ PARAMETERS = """
   timeout: 1m30s
 """
 
+# A value of a thousand characters takes a third of the steps that a request may take.
+COSTLY = "- name: costly\n  image: busybox\n  parameters:\n" + "".join(
+    f"    P{number}: {{pattern: '(a|b)*a(a|b){{12}}'}}\n" for number in range(40)
+)
+COSTLY += "- {name: mail, image: busybox, parameters: {TO: {pattern: '.+@.+[.].+'}}}\n"
+
 LONG = {"environment": {"SCRIPT": "x" * 3_000}}
 
 
@@ -47,7 +54,7 @@ LONG = {"environment": {"SCRIPT": "x" * 3_000}}
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server without workers, which keeps what it is given."""
     with contextlib.closing(Stage(tmp_path_factory.mktemp("api"))) as stage:
-        yield stage.server("--hold", jobs=JOBS + PARAMETERS)
+        yield stage.server("--hold", jobs=JOBS + PARAMETERS + COSTLY)
 
 
 class TestErrors:
@@ -219,6 +226,27 @@ class TestErrors:
             assert 400 <= reply.status <= 404
             assert problem(reply, reply.status)
         assert len(api.get("/api/jobs")) == before
+
+    @pytest.mark.parametrize("is_list", [False, True])
+    def test_patterns_that_add_up_are_refused_and_nothing_is_queued(self, api: Server, is_list: bool) -> None:
+        letters = random.Random(1)
+        values = {f"P{number}": "".join(letters.choices("ab", k=1_000)) + "a" * 13 for number in range(40)}
+        api.post("costly", environment={"P0": values["P0"]})
+        before = len(api.get("/api/jobs"))
+        if is_list:
+            jobs = [{"name": "costly", "environment": {name: value}} for name, value in values.items()]
+            detail = problem(api.http("POST", "/api/jobs", jobs), 400)
+        else:
+            detail = problem(api.http("POST", "/api/jobs/costly", {"environment": values}), 400)
+        assert re.match("(item [1-9]: )?P[1-9] takes too long to be matched with the pattern", detail)
+        assert "send shorter values, or fewer jobs at once" in detail
+        assert len(api.get("/api/jobs")) == before
+
+    def test_a_long_list_of_plain_values_is_taken(self, api: Server) -> None:
+        letters = random.Random(1)
+        names = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz0123456789", k=12)) for _ in range(1_000)]
+        jobs = [{"name": "mail", "environment": {"TO": f"{name}@{name[:5]}.example"}} for name in names]
+        assert api.http("POST", "/api/jobs", jobs, 60).status == 200
 
     def test_a_missing_worker_is_not_found(self, api: Server) -> None:
         problem(api.http("GET", "/api/workers/1"), 404)

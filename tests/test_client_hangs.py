@@ -45,17 +45,47 @@ class TestNothingIsSweptBeforeItIsHeld:
         until(lambda: stage.docker.ledger("end", ends))
         # The worker's recovery takes longer than the half minute after which it sweeps for the first time.
         calls = {verb: len(stage.docker.calls(verb)) for verb in ("ps", "inspect")}
-        for verb, seconds in (("ps", 5), ("inspect", 28)):
+        for verb, seconds in (("ps", 28), ("inspect", 4)):
             stage.docker.delay(verb, seconds)
         Program.start(worker)
         for verb, before in calls.items():
-            until(lambda verb=verb, before=before: len(stage.docker.calls(verb)) > before, 20)  # type: ignore[misc]
+            until(lambda verb=verb, before=before: len(stage.docker.calls(verb)) > before, 50)  # type: ignore[misc]
             stage.docker.delay(verb, 0)
         until(lambda: server.knows("worker"), 60)
         go.touch()
         assert server.ended(runs, 60)["success"]
         assert server.ended(ends, 60)["success"]
         assert server.log(ends) == b"result\n"
+
+
+class TestOneThatCanNotBeInspected:
+    """It holds up no other, and is neither gone nor ended because the engine does not tell of it."""
+
+    @meanwhile
+    def test_the_others_are_found_beside_it(self, stage: Stage) -> None:
+        server, go = stage.server("--grace", "300"), stage.folder / "go"
+        worker = stage.worker(server, "--slots", "3")
+        broken, whole = server.sh(LONG.format(go)), server.sh(LONG.format(f"{go}2"))
+        until(lambda: stage.docker.starts(broken) and stage.docker.starts(whole))
+        worker.kill()
+        [name] = [each for each in stage.docker.containers() if each.endswith(f"-{broken}-1")]
+        mute = stage.docker.folder / f"mute-{name}"
+        mute.touch()
+        Program.start(worker)
+        assert server.ended(server.post("quick"), 40)["success"]
+        (stage.folder / "go2").touch()
+        assert server.ended(whole)["success"]
+        swept = len(stage.docker.calls("ps")) + 1
+        until(lambda: len(stage.docker.calls("ps")) > swept, 90)
+        until(lambda: stage.docker.containers() == [name], 30)
+        assert server.state(broken) == "running"
+        mute.unlink()
+        until(lambda: server.log(broken) == b"early\n", 20)
+        go.touch()
+        assert server.ended(broken)["success"]
+        assert server.log(broken) == b"early\nlate\n"
+        assert stage.docker.starts(broken) == 1
+        until(lambda: stage.docker.containers() == [])
 
 
 class TestHangingRuns:

@@ -2,6 +2,7 @@
 
 import random
 import sqlite3
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from jobworker.due import Scheduled, Scheduler
 from jobworker.schedule import Schedule
 from jobworker.state import FreeSlots, NewJob
 from jobworker.store import Commit, Store
-from tests.stage import Stage
+from tests.stage import Stage, until
 from tests.test_state import RULES, arrival
 
 HOUR = 3600.0
@@ -209,6 +210,34 @@ class TestJobsYamlChanges:
         desk.end_all()
         desk.tick(HOUR / 2)
         assert desk.dues() == [HOUR, 1.5 * HOUR]
+
+    def test_thousands_are_taken_over_some_at_a_time(self, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The loop goes on between them: no step of it takes as long as a fraction of all takes."""
+        schedule = Schedule.parse(["17 3 29 2 *"], "Europe/Berlin")
+        entries = {f"job-{number}": Scheduled(schedule, NewJob(f"job-{number}"), 1) for number in range(4_000)}
+        begin = time.perf_counter()
+        for _ in entries:
+            due_at = schedule.next_due(MORNING)
+        all_at_once = time.perf_counter() - begin
+        steps = []
+
+        def step(commit: Commit | None = None) -> None:
+            begin = time.perf_counter()
+            deliver(commit) if commit else desk.scheduler.tick()
+            steps.append(time.perf_counter() - begin)
+
+        def queued() -> int:
+            step()
+            desk.commit()
+            return int(desk.store._database.one("SELECT count(*) FROM job")[0])
+
+        monkeypatch.setattr(desk.store, "_deliver", step)
+        desk.scheduler.adopt(entries)
+        for _ in range(100):
+            assert queued() == 0
+        assert max(steps) < all_at_once / 3
+        desk.now = due_at
+        until(lambda: queued() == len(entries), 60)
 
 
 class TestDisk:
