@@ -4,11 +4,13 @@ import asyncio
 import itertools
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from jobworker import container
 from jobworker.container import Answer, Engine
 from jobworker.life import End, Life
 
@@ -60,6 +62,42 @@ class HalfRemoved(LateStart):
         return await super().__call__(words, stdin, environment, output, deadline)
 
 
+class CutOff(LateStart):
+    """An engine whose first `docker run` fails with a complaint, whatever became of its container."""
+
+    def __init__(self, log: bytes, tells_of_images: bool = True, **state: Any) -> None:
+        self.states, self.log, self.tells_of_images = itertools.repeat(state), log, tells_of_images
+        self.calls: Counter[str] = Counter()
+
+    async def __call__(
+        self,
+        words: list[str],
+        stdin: str = "",
+        environment: dict[str, str] | None = None,
+        output: Callable[[bytes], None] | None = None,
+        deadline: float | None = None,
+    ) -> Answer:
+        self.calls[words[0]] += 1
+        if output:
+            fails = words[0] == "run" and self.calls["run"] == 1
+            output(b"docker: unexpected EOF\n" if fails else self.log)
+            return Answer(125 if fails else 0)
+        if words[0] == "image" and self.calls["run"] and not self.tells_of_images:
+            return Answer(1, err="Cannot connect to the Docker daemon")
+        return await super().__call__(words, stdin, environment, output, deadline)
+
+
+def live_on(engine: CutOff) -> tuple[End, bytes]:
+    """Live through a job on this engine; how it ended, and its log."""
+
+    async def live() -> tuple[End, bytes]:
+        life = Life(Engine(engine), {"job": {"image": "busybox"}}, "job", "container")
+        end = await asyncio.wait_for(life.run({}, {}, [], 2), 20)
+        return end, b"".join(data for _offset, data in life.output.unsent(100))
+
+    return asyncio.run(live())
+
+
 class TestLife:
     @pytest.mark.parametrize(
         ("state", "end"),
@@ -87,3 +125,19 @@ class TestLife:
             return end, list(life.output.unsent(100))
 
         assert asyncio.run(live()) == (End(0, None), [(0, b"hello\n")])
+
+    def test_a_container_that_ended_with_its_engine_has_its_whole_log(self) -> None:
+        engine = CutOff(b"early\nlate\n", Status="exited", ExitCode=3, StartedAt="2026-01-31")
+        assert live_on(engine) == (End(3, "exit"), b"early\nlate\n")
+
+    def test_one_that_could_not_be_started_has_the_complaint_of_its_command(self) -> None:
+        engine = CutOff(b"", Status="created", ExitCode=0, StartedAt="0001-01-01")
+        assert live_on(engine) == (End(None, "docker"), b"docker: unexpected EOF\n")
+
+    def test_one_is_not_started_again_where_the_engine_does_not_tell_of_its_image(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(container, "ENGINE_PATIENCE_SECONDS", 0)
+        engine = CutOff(b"hello\n", tells_of_images=False, Status="exited", ExitCode=0, StartedAt="2026-01-31")
+        assert live_on(engine) == (End(0, None), b"hello\n")
+        assert engine.calls["run"] == 1

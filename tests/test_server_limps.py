@@ -13,13 +13,14 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 import protocol
+from client import Session
 from jobworker import api, state
 from jobworker.clock import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, WatchedClock
 from jobworker.config import Configs, JobConfig
@@ -49,6 +50,38 @@ class TestFrames:
         frames = list(protocol.encode_batches(messages))
         assert [m for frame in frames for m in protocol.decode_from_worker(frame, 2)] == messages
         assert [len(frame) > protocol.BATCH_BYTES for frame in frames] == [False, True, False, False]
+
+    def test_a_worker_that_has_much_to_say_says_it_in_many(self) -> None:
+        class Link:
+            subprotocol, response = VERSION_2, None
+
+            def __init__(self) -> None:
+                self.frames: asyncio.Queue[bytes] = asyncio.Queue()
+
+            async def send(self, frame: bytes) -> None:
+                self.frames.put_nowait(frame)
+
+            def __aiter__(self) -> Self:
+                return self
+
+            async def __anext__(self) -> bytes:
+                """Nothing comes; the connection ends once all was sent."""
+                while sum(map(len, sent)) < sum(len(log.data) for log in said):
+                    sent.append(await self.frames.get())
+                raise StopAsyncIteration
+
+        said = [protocol.Log(1, 1, number * 65_536, b"x" * 65_536) for number in range(160)]
+        sent: list[bytes] = []
+
+        async def play() -> None:
+            session = Session(Link())  # type: ignore[arg-type]
+            for message in said:
+                session.send(message)
+            await asyncio.wait_for(session.run(lambda _message: None), 20)
+
+        asyncio.run(play())
+        assert [message for frame in sent for message in protocol.decode_from_worker(frame, 2)] == said
+        assert max(map(len, sent)) < protocol.BATCH_BYTES + 2 * 65_536
 
 
 class TestMemory:
