@@ -144,10 +144,11 @@ class Engine:
         answer = await self._command(command.arguments, command.stdin, command.variables, watch)
         return Answer(answer.code, beginning.decode(errors="replace"))
 
-    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool:
+    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool | None:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all.
 
-        is_last: what the command says is passed on though it fails.
+        False: the engine refused it; None: the command could not be started, or was killed. is_last: what the command
+        says is passed on though it fails.
         """
         unreadable = False
         beginning = Beginning(output)
@@ -162,12 +163,12 @@ class Engine:
             answer = await self._command(["logs", "--follow", container], output=watch)
         except NotStarted as error:
             log.warning("docker logs could not be started; trying again: %s", error)
-            return False
+            return None
         finally:
             beginning.hold()
         if answer.code == 0 or is_last:
             beginning.pass_on()
-        return answer.code == 0 or unreadable
+        return None if answer.code < 0 else answer.code == 0 or unreadable
 
     async def wait(self, container: str) -> None:
         """Wait until a container has ended, or is gone."""

@@ -37,6 +37,7 @@ STOP_AGAIN_SECONDS = 0.5
 OOM_SECONDS = 0.5
 NOT_STARTED = 125
 FENCE_TRIES = 10
+LOG_TRIES = 10
 
 Config = dict[str, Any]
 
@@ -223,24 +224,25 @@ class Life:
 
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
-        clock = asyncio.get_running_loop().time
-        give_up_at = math.inf
+        refusals = 0
         # A container that is gone has no state, and what was read of it stays.
         while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
-            has_ended, gives_up = not is_running(state), clock() > give_up_at
+            has_ended, is_last = not is_running(state), refusals == LOG_TRIES
             self.output.read_again()
-            if await self._engine.follow(self.container, self.output.add, gives_up):
+            told = await self._engine.follow(self.container, self.output.add, is_last)
+            if told:
                 self.output.is_whole()
                 if has_ended or not is_running(await self._engine.state(self.container) or {}):
                     break
                 await self._engine.wait(self.container)  # the command ended too early
-            elif gives_up:
+            elif is_last and told is False:
                 self.output.say("jobworker: docker can't read more of this log\n")
                 break
-            else:  # the command was killed, or the engine is away
-                give_up_at = min(give_up_at, clock() + ENGINE_PATIENCE_SECONDS) if has_ended else math.inf
+            else:
+                # An engine that is away tells no states either: only what it refuses while it is there counts.
+                refusals = min(refusals + (told is False), LOG_TRIES) if has_ended else 0
                 await asyncio.sleep(ENGINE_RETRY_SECONDS)
         await self._engine.wait(self.container)
 
