@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import secrets
 import socket
 import threading
 import time
@@ -95,6 +96,7 @@ class ScriptedServer:
 
     def __init__(self, *configs: dict[str, Any], version: int = 1, hangs_up: bool = False) -> None:
         self.configs, self.version, self.hangs_up = configs, version, hangs_up
+        self.id = secrets.token_hex(4)  # of its own: a worker ends what an earlier life of it began for this server
         self.dials: list[float] = []
         self.received: list[Any] = []
         self.peer: ServerConnection | None = None
@@ -111,7 +113,7 @@ class ScriptedServer:
 
     def identify(self, _peer: ServerConnection, _request: object, response: Response) -> None:
         if self.version > 1:
-            response.headers["Jobworker-Server"] = "0123abcd"
+            response.headers["Jobworker-Server"] = self.id
 
     def accept(self, peer: ServerConnection) -> None:
         if not self.hangs_up:
