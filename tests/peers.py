@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import re
+import secrets
 import socket
 import threading
 import time
@@ -95,6 +96,8 @@ class ScriptedServer:
 
     def __init__(self, *configs: dict[str, Any], version: int = 1, hangs_up: bool = False) -> None:
         self.configs, self.version, self.hangs_up = configs, version, hangs_up
+        # Of its own: a worker that meets a server it does not know ends all docker commands of that server's.
+        self.id = secrets.token_hex(4)
         self.dials: list[float] = []
         self.received: list[Any] = []
         self.peer: ServerConnection | None = None
@@ -111,7 +114,7 @@ class ScriptedServer:
 
     def identify(self, _peer: ServerConnection, _request: object, response: Response) -> None:
         if self.version > 1:
-            response.headers["Jobworker-Server"] = "0123abcd"
+            response.headers["Jobworker-Server"] = self.id
 
     def accept(self, peer: ServerConnection) -> None:
         if not self.hangs_up:

@@ -200,7 +200,7 @@ class TestVersion2Server:
         server.send(protocol.Go(5, 1))
         server.wait_for(protocol.JobFailure(5, 1, 3, "exit"))
         time.sleep(0.2)
-        assert stage.docker.containers() == ["jobworker-0123abcd-5-1"]
+        assert stage.docker.containers() == [f"jobworker-{server.id}-5-1"]
         server.send(protocol.Settled(5, 1))
         until(lambda: stage.docker.containers() == [])
 
@@ -262,7 +262,7 @@ class TestVersion2Server:
         other = stage.server()
         stage.worker(other)
         assert other.ended(other.post("quick"))["success"]
-        until(lambda: stage.docker.containers() == ["jobworker-0123abcd-5-1"])
+        until(lambda: stage.docker.containers() == [f"jobworker-{server.id}-5-1"])
 
 
 def leaves_at_once(stage: Stage, worker: Worker, job: int) -> bool:
