@@ -184,7 +184,7 @@ MUTANTS = (
     Mutant(
         "a log has a limit",
         "jobworker/logs.py",
-        "Store or Promise05",
+        "LogLimit",
         "if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:",
         "if False:",
     ),
@@ -425,7 +425,7 @@ MUTANTS = (
     Mutant(
         "what was only created",
         "client.py",
-        "between_the_creation_and_the_start",
+        "died_before_its_container_started",
         "if container in gone or (",
         "if (",
     ),
