@@ -357,6 +357,13 @@ MUTANTS = (
     ),
     # the server, when others limp
     Mutant(
+        "a pattern takes a bounded time",
+        "jobworker/config.py",
+        "match_would_take_too_long",
+        "compiled(self.pattern).fullmatch(value)",
+        "re.compile(self.pattern).fullmatch(value)",
+    ),
+    Mutant(
         "frames are cut",
         "protocol.py",
         "server_limps and Frames",
