@@ -254,7 +254,7 @@ MUTANTS = (
         "a let go life is looked at",
         "client.py",
         "let_go_holds_up_no_other",
-        "        self.living.add(attempt)\n        attempt.run(",
+        "        self.living[attempt] = None\n        attempt.run(",
         "        attempt.run(",
     ),
     Mutant(
