@@ -319,7 +319,7 @@ class Worker:
         self.cleaner = Cleaner(self.engine)
         self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
-        self.living: set[Attempt] = set()  # whose life goes on, held or let go
+        self.living: dict[Attempt, None] = {}  # whose life goes on, held or let go, in the order of their starts
         self.configs: dict[str, dict[str, Any]] = {}  # the attempts' lives have this very dict
         self.server_id: str | None = None
         self.session: Session | None = None
@@ -494,7 +494,7 @@ class Worker:
     def _start(self, attempt: Attempt) -> None:
         version = self.session.version if self.session else 2
         log.info("%s starts, as %s", attempt.title, attempt.life.container)
-        self.living.add(attempt)
+        self.living[attempt] = None
         attempt.run(self._labels(self.server_id), self.options.allow_image, version, self._on_end)
 
     def _go_on(self, attempt: Attempt, offset: int) -> None:
@@ -513,7 +513,7 @@ class Worker:
                 self._let_go(attempt)
 
     def _on_end(self, attempt: Attempt) -> None:
-        self.living.discard(attempt)
+        self.living.pop(attempt, None)
         if attempt.state == "settled":  # let go while it ran
             self.cleaner.add(attempt.life.container)
             if self.held.get(attempt.key) is attempt:
@@ -556,7 +556,7 @@ class Worker:
                 continue
             attempt = self._hold((job, number), name, container, {}, reading=None)
             log.info("%s: found its container, %s", attempt.title, state)
-            self.living.add(attempt)
+            self.living[attempt] = None
             attempt.adopt(self.world.wall, self._on_end)
 
     # Clock and signals

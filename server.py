@@ -517,7 +517,6 @@ class Core:
         self.store.do(state.adopt, self.dispatcher.configs)
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self.clock())))
         await asyncio.wrap_future(self.store.do(state.tick, self.clock()))
-        self.end_gone()
         self.adopt_schedules()
 
     def on_commit(self, commit: Commit) -> None:

@@ -70,11 +70,15 @@ class History(World):
 
     def post(self, count: int = 1) -> None:
         names = [self.chance.choice(sorted(self.jobs)) for _ in range(count)]
-        jobs = [state.NewJob(name, self.variables(name), 0, self.chance.choice((0, 0, 3))) for name in names]
+        jobs = [
+            state.NewJob(name, self.variables(name), self.chance.choice((0, 0, 3)), self.chance.choice((0, 0, 3)))
+            for name in names
+        ]
         self.ask(self.note_accepted, state.add, jobs)
 
     def variables(self, name: str) -> dict[str, str] | None:
-        return {"PLAN": json.dumps(self.plan())} if JOBS[name].parameters else None
+        endless = {"seconds": 1e6} if JOBS[name].timeout and self.chance.random() < 0.3 else {}
+        return {"PLAN": json.dumps(self.plan() | endless)} if JOBS[name].parameters else None
 
     def post_list(self) -> None:
         self.post(self.chance.randint(2, 6))

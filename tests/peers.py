@@ -96,7 +96,8 @@ class ScriptedServer:
 
     def __init__(self, *configs: dict[str, Any], version: int = 1, hangs_up: bool = False) -> None:
         self.configs, self.version, self.hangs_up = configs, version, hangs_up
-        self.id = secrets.token_hex(4)  # of its own: a worker ends what an earlier life of it began for this server
+        # Of its own: a worker that meets a server it does not know ends all docker commands of that server's.
+        self.id = secrets.token_hex(4)
         self.dials: list[float] = []
         self.received: list[Any] = []
         self.peer: ServerConnection | None = None

@@ -179,6 +179,7 @@ class TestTokens:
             f"api {KEY}\nworker",
             "api\nworker",
             f"api {KEY}\nworker short",
+            f"api {KEY}\nworker clé-{KEY}",
             None,
         ],
     )

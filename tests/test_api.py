@@ -13,8 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jobworker.api import mark, read_list
+from jobworker import lists, state
+from jobworker.api import Api, mark, read_list
 from jobworker.config import Configs, JobConfig
+from jobworker.state import NewJob
+from jobworker.store import Store
 from tests.peers import (
     head,
 )
@@ -280,6 +283,20 @@ KEYS_OF_A_FULL_JOB += [
     "cause",
     "due_at",
 ]
+
+
+class TestLists:
+    def test_why_jobs_wait_is_one_question_however_many_they_are(self) -> None:
+        store = Store(":memory:").start()
+        names = [f"job-{number % 10}" for number in range(100)]
+        api = Api(store, Configs(JobConfig(name, "busybox") for name in set(names)), True, time.time)
+        store.do(state.add, [NewJob(name) for name in names], 1.0).result(10)
+        asked: list[str] = []
+        store._database.connection.set_trace_callback(asked.append)
+        rows = store.do(lists.page, lists.Wanted(), 100).result(10)
+        assert {shown["reason"] for shown in api.show(rows)} == {"no worker is connected"}
+        store.close()
+        assert len([sql for sql in asked if sql.startswith("BEGIN")]) == 2
 
 
 class TestHttp:

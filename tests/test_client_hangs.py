@@ -108,6 +108,19 @@ class TestHangingRuns:
         assert [server.ended(job, 60)["state"] for job in (removed, deleted)] == ["cancelled", "cancelled"]
         assert server.ended(late, 60)["reason"] == "timeout"
 
+    def test_one_whose_worker_died_before_its_container_started_is_lost(self, stage: Stage) -> None:
+        stage.docker.delay("start", 1000)
+        server = stage.server()
+        worker = stage.worker(server)
+        job = server.sh("exit 4")
+        until(stage.docker.containers)
+        worker.kill()
+        worker.start()
+        ended = server.ended(job)
+        assert (ended["exit_code"], ended["reason"]) == (None, "lost")
+        assert stage.docker.starts(job) == 0
+        until(lambda: stage.docker.containers() == [])
+
     @meanwhile
     def test_one_that_is_let_go_holds_up_no_other(self, stage: Stage) -> None:
         config = {"name": "a", "image": "busybox", "command": ["sleep", "1000"]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import random
 import re
 import time
 from dataclasses import asdict
@@ -495,6 +496,11 @@ class TestParameters:
     def test_anything_else_is_refused_in_a_sentence(self, environment: object, reason: str) -> None:
         with pytest.raises(ValueError, match=f"^{re.escape(reason)}$"):
             check_parameters(self.JOB, environment)
+
+    def test_a_value_whose_match_would_take_too_long_is_refused(self) -> None:
+        value = "".join(random.Random(1).choices("ab", k=30_000))
+        flaw = Parameter(pattern="(a|b)*a(a|b){20}(c|d)*").flaw_of(value)
+        assert flaw == "is too long to be matched with the pattern (a|b)*a(a|b){20}(c|d)*: 30,000 characters"
 
 
 class TestDuration:

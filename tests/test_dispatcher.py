@@ -14,7 +14,7 @@ from jobworker import lists, state
 from jobworker.config import Configs, JobConfig
 from jobworker.state import NewJob
 from jobworker.store import Store
-from server import ENOUGH_UNREAD_BYTES, Core, Dispatcher, Outside
+from server import ENOUGH_UNREAD_BYTES, MAX_FRAME_BYTES, MAX_UNSTORED_BYTES, Core, Dispatcher, Outside
 from tests.test_due import deliver
 
 Held = tuple[tuple[int, int, str], ...]
@@ -76,6 +76,12 @@ class Table:
         """Let all happen that needs no commit."""
         for _ in range(100):
             await asyncio.sleep(0)
+
+    async def step(self) -> None:
+        """One commit, and what comes of it."""
+        if self.store._requests.qsize():
+            self.store.commit_waiting()
+        await self.run()
 
     async def connect(self, slots: int = 1, held: Held = ()) -> Link:
         """Have the worker connect, up to its attach, which is not committed yet."""
@@ -181,6 +187,69 @@ class TestSlowLink:
                 table.commit()
                 await table.run()
             assert sum(len(worker._claimed) for worker in table.dispatcher.workers.values()) <= 4
+
+        asyncio.run(play())
+
+
+class Flood(Link):
+    """A worker that never stops writing Log, and takes no job."""
+
+    FRAME_BYTES = MAX_FRAME_BYTES - 1_000
+    sent = 0
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    async def recv(self) -> bytes:
+        return protocol.encode(protocol.Hello(self.name, 0, (), "1", ()))
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        frame = protocol.encode(protocol.Log(1, 1, 0, b"x" * self.FRAME_BYTES))
+        while True:
+            self.sent += 1
+            yield frame
+            if self.sent % 2 == 0:  # as many as `websockets` has ready
+                await asyncio.sleep(0)
+
+
+def run_jobs(link: Link) -> int:
+    """Start and end what the worker is told to; how many of its results are settled."""
+    messages = link.read()
+    for message in messages:
+        match message:
+            case protocol.Enqueue(job, _, attempt):
+                link.said.put_nowait(protocol.JobRunning(job, attempt))
+            case protocol.Go(job, attempt):
+                link.said.put_nowait(protocol.JobSuccess(job, attempt))
+    return sum(isinstance(message, protocol.Settled) for message in messages)
+
+
+class TestFlood:
+    """Workers that write faster than the disk leave the others their share of each commit."""
+
+    def test_another_worker_gets_its_jobs_as_if_it_were_alone(self) -> None:
+        async def commits_of_ten_jobs(floods: list[Flood]) -> int:
+            table = Table()
+            for flood in floods:
+                table.serving.append(asyncio.ensure_future(table.dispatcher.serve(flood)))  # type: ignore[arg-type]
+            link = await table.connect()
+            await table.step()
+            table.store.do(state.add, [NewJob("plain")] * 10, table.clock())
+            commits = settled = 0
+            while settled < 10 and commits < 100:
+                commits += 1
+                before = sum(flood.sent for flood in floods)
+                await table.step()
+                written = sum(flood.sent for flood in floods) - before
+                assert written <= MAX_UNSTORED_BYTES // Flood.FRAME_BYTES + len(floods)
+                settled += run_jobs(link)
+            return commits
+
+        async def play() -> None:
+            floods = [Flood(f"flood-{number}") for number in range(3)]
+            assert await commits_of_ten_jobs(floods) <= 1.5 * await commits_of_ten_jobs([])
+            assert all(flood.sent > 10 for flood in floods)
 
         asyncio.run(play())
 

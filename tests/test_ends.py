@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 import protocol
+from jobworker.api import description
 from jobworker.ends import REASONS, End, how_long, line_of, why
 from tests.peers import ScriptedServer, ScriptedWorker
 from tests.stage import JOBS, ROOT, Server, Stage, until
@@ -68,6 +70,13 @@ class TestLine:
 
     def test_version_1_says_no_exit_code(self) -> None:
         assert why(None, "exit") == "no exit code"
+
+    def test_the_page_and_the_description_know_each_reason(self) -> None:
+        page = (ROOT / "jobworker/dashboard.html").read_text().partition("const REASONS = {")[2].partition("};")[0]
+        assert set(re.findall(r"(\w+): \"", page)) == REASONS.keys()
+        full_job = json.loads(description())["components"]["schemas"]["FullJob"]
+        told = full_job["properties"]["reason"]["description"].partition("Of a failure: ")[2]
+        assert set(re.findall(r"`(\w+)`", told)) == REASONS.keys() | {"exit"}
 
     def test_every_reason_of_the_reference_is_explained(self) -> None:
         table = (ROOT / "docs/reference.md").read_text().partition("The reasons of a failure:")[2].partition("\n## ")[0]

@@ -17,7 +17,7 @@ import jsonschema_rs
 import pytest
 import schemathesis
 
-from jobworker import VERSION
+from jobworker import VERSION, web
 from jobworker import api as api_module
 from tests.stage import (
     Server,
@@ -66,6 +66,12 @@ EVERY_KIND_OF_JOB = """
 - {name: missing, image: missing, command: [a, b], retries: 1, retry_delay: 1}
 - {name: later, image: busybox, tags: [gpu], concurrency: 2, timeout: 1m, priority: -1}
 """
+
+
+def test_the_times_that_a_caller_has_are_those_of_the_server() -> None:
+    told = OPENAPI["info"]["description"]
+    assert f"kept alive for {web.IDLE_SECONDS} s" in told
+    assert f"{web.HEAD_SECONDS} s for a head, {web.BODY_SECONDS} s for a body" in told
 
 
 def resolve(node: Any) -> Any:

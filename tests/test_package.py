@@ -24,6 +24,13 @@ TEXT = {"", ".py", ".toml", ".txt", ".json", ".html", ".yaml", ".md", ".service"
 AnyProgram = TypeVar("AnyProgram", bound=Program)
 
 
+def test_coverage_looks_at_all_that_runs() -> None:
+    measured = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["run"]
+    programs = {path.stem for path in ROOT.glob("*.py")} - {"test_jobworker"}
+    assert set(measured["source_pkgs"]) == programs | {"jobworker"}
+    assert not {"include", "omit"} & measured.keys()
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built without a network."""

@@ -281,6 +281,26 @@ class TestDispatch:
             assert (server.job(again)["environment"], server.job(again)["priority"]) == ({"COLOUR": "blue"}, 2)
             assert server.state(job) == "failure"
 
+    def test_a_repeated_retry_is_the_same_new_job(self, server: Server) -> None:
+        job = server.post("a")
+        server.http("DELETE", f"/api/jobs/{job}")
+        key = {"Idempotency-Key": "again"}
+        first, again = (server.http("POST", f"/api/jobs/{job}/retry", headers=key) for _ in range(2))
+        assert (first.status, first.json) == (again.status, again.json) == (200, first.json)
+        assert [each["id"] for each in server.get("/api/jobs")] == [job, first.json["id"]]
+        other = server.http("POST", f"/api/jobs/{job}/retry", headers={"Idempotency-Key": "once more"})
+        assert other.json["id"] > first.json["id"]
+
+    def test_what_waits_under_a_name_that_left_while_the_server_was_down_ends(self, stage: Stage) -> None:
+        server = stage.server("--hold", jobs=QUEUES)
+        gone, stays = server.post("a"), server.post("b")
+        server.kill()
+        stage.jobs.write_text(QUEUES.replace("name: a,", "name: other,"))
+        server.start()
+        ended = server.ended(gone)
+        assert (ended["state"], ended["reason"]) == ("failure", "gone")
+        assert server.state(stays) == "queued"
+
     def test_a_wait_ends_with_the_job(self, server: Server) -> None:
         with ScriptedWorker(server, "w") as worker, ThreadPoolExecutor(1) as pool:
             reply = pool.submit(server.http, "POST", "/api/jobs/a?wait=10")
