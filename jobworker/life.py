@@ -5,7 +5,6 @@ import contextlib
 import errno
 import fnmatch
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jobworker.container import (
@@ -27,7 +26,6 @@ from jobworker.container import (
     labels_of,
     may_run,
     read_state,
-    seconds_since,
 )
 from jobworker.output import Output
 
@@ -176,12 +174,11 @@ class Life:
         pull.cancel()
         return f"pulling {image} " + ("was stopped" if self._stop_reason else f"took more than {limit} s")
 
-    async def adopt(self, wall: Callable[[], float]) -> End:
+    async def adopt(self) -> End:
         """Live from a container that a former life has left, running or ended, to the end."""
         inspected = await self._engine.inspect(self.container) or {}
         self.name = str(labels_of(inspected).get("jobworker.name", self.name))
-        state = inspected.get("State", {})
-        self._started = asyncio.get_running_loop().time() - seconds_since(str(state.get("StartedAt")), wall())
+        self._started = asyncio.get_running_loop().time() - self._engine.seconds_since_start(inspected)
         await self._follow()
         return await self._conclude(None)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import protocol
 from tests.peers import ScriptedServer
-from tests.stage import JOBS, Program, Server, Stage, Worker, meanwhile, until
+from tests.stage import JOBS, Program, Server, Stage, Worker, meanwhile, until, until_file
 
 LONG = "echo early; while [ ! -e {} ]; do sleep 0.05; done; echo late"
 
@@ -86,6 +86,26 @@ class TestOneThatCanNotBeInspected:
         assert server.log(broken) == b"early\nlate\n"
         assert stage.docker.starts(broken) == 1
         until(lambda: stage.docker.containers() == [])
+
+
+class TestAdoption:
+    def test_a_clock_that_was_set_ahead_does_not_end_a_job(self, stage: Stage) -> None:
+        go = stage.folder / "go"
+        limited = f"- {{name: limited, image: busybox, command: {until_file(stage)}, timeout: 1m}}\n"
+        server = stage.server("--grace", "300", jobs=JOBS + limited)
+        worker = stage.worker(server, "--slots", "2")
+        job = server.post("limited")
+        until(lambda: stage.docker.starts(job))
+        worker.kill()
+        [name] = stage.docker.containers()
+        os.utime(
+            stage.docker.folder / "containers" / name / "pid", (0, time.time() - 3_600)
+        )  # it has its start from it
+        worker.start()
+        until(lambda: stage.docker.calls("logs"))
+        assert server.ended(server.post("quick"))["success"]  # some ticks later
+        go.touch()
+        assert server.ended(job)["success"]
 
 
 class TestHangingRuns:
