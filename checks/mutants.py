@@ -277,8 +277,8 @@ MUTANTS = (
         "a log is read to the container's end",
         "jobworker/life.py",
         "ends_too_early_loses_none",
-        "if has_ended or not is_running(await self._engine.state(self.container) or {}):",
-        "if True:",
+        "                if has_ended:\n",
+        "                if True:\n",
     ),
     Mutant(
         "half an answer is none",

@@ -221,18 +221,21 @@ class Life:
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
         clock = asyncio.get_running_loop().time
-        give_up_at = math.inf
+        give_up_at, goes_on = math.inf, False
         # A container that is gone has no state, and what was read of it stays.
         while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
             has_ended, gives_up = not is_running(state), clock() > give_up_at
-            self.output.read_again()
-            if await self._engine.follow(self.container, self.output.add, gives_up):
+            if not goes_on:
+                self.output.read_again()
+            add = self.output.add_rest() if goes_on else self.output.add
+            goes_on = await self._engine.follow(self.container, add, gives_up)
+            if goes_on:
                 self.output.is_whole()
-                if has_ended or not is_running(await self._engine.state(self.container) or {}):
+                if has_ended:
                     break
-                await self._engine.wait(self.container)  # the command ended too early
+                await self._engine.wait(self.container)  # the command may have ended before it
             elif gives_up:
                 self.output.say("jobworker: docker can't read more of this log\n")
                 break

@@ -167,6 +167,16 @@ class TestLogsThatCanNotBeRead:
         assert server.ended(job, 20)["success"]
         assert server.log(job) == b"early\nlate\n"
 
+    def test_nor_does_one_that_ends_a_moment_before_its_container(self, stage: Stage) -> None:
+        moment = 'until [ -e $HERE/containers/"$3"/exit ]; do sleep 0.05; done'  # the state then tells of the end
+        once = f'[ "$1" = logs ] && mkdir $HERE/once 2>/dev/null && $HERE/docker logs "$3" && {moment} && exit 0'
+        server, worker, job, go = adopt(stage, once)
+        worker.start()
+        until(lambda: server.log(job) == b"early\n" and (stage.docker.folder / "once").exists())
+        go.touch()
+        assert server.ended(job, 20)["success"]
+        assert server.log(job) == b"early\nlate\n"
+
 
 class TestWordsOfAJob:
     @meanwhile
