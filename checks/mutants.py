@@ -270,7 +270,7 @@ MUTANTS = (
         "a log is not read for ever",
         "jobworker/life.py",
         "their_job_ends_and_says_so",
-        "not is_running(state), clock() > give_up_at\n",
+        "not is_running(state), failed >= LOG_TRIES\n",
         "not is_running(state), False\n",
     ),
     Mutant(

@@ -35,6 +35,7 @@ STOP_AGAIN_SECONDS = 0.5
 OOM_SECONDS = 0.5
 NOT_STARTED = 125
 FENCE_TRIES = 10
+LOG_TRIES = 30  # of a container that has ended: each is made when the engine has told its state, and they are 1 s apart
 
 Config = dict[str, Any]
 
@@ -220,13 +221,12 @@ class Life:
 
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
-        clock = asyncio.get_running_loop().time
-        give_up_at, goes_on = math.inf, False
+        failed, goes_on = 0, False
         # A container that is gone has no state, and what was read of it stays.
         while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
-            has_ended, gives_up = not is_running(state), clock() > give_up_at
+            has_ended, gives_up = not is_running(state), failed >= LOG_TRIES
             if not goes_on:
                 self.output.read_again()
             add = self.output.add_rest() if goes_on else self.output.add
@@ -240,7 +240,7 @@ class Life:
                 self.output.say("jobworker: docker can't read more of this log\n")
                 break
             else:  # the command was killed, or the engine is away
-                give_up_at = min(give_up_at, clock() + ENGINE_PATIENCE_SECONDS) if has_ended else math.inf
+                failed = failed + 1 if has_ended else 0
                 await asyncio.sleep(ENGINE_RETRY_SECONDS)
         await self._engine.wait(self.container)
 
