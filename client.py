@@ -28,7 +28,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +44,7 @@ from websockets.typing import Subprotocol
 import protocol
 from jobworker import VERSION
 from jobworker.cleaner import Cleaner
-from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, RunCommand, name_for, option
+from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, name_for, option, read_clocks
 from jobworker.dialling import Complaints, Socket, destination, explain, limit_unsent
 from jobworker.ends import how_long, why
 from jobworker.identity import hold_name
@@ -125,13 +124,12 @@ class FatalError(Exception):
 class World:
     """What the worker needs from outside. All else is decided here, and timed by the event loop alone.
 
-    wall: seconds since the epoch. end_commands: kills those of the engine's commands that have all these words.
+    end_commands: kills those of the engine's commands that have all these words.
     """
 
     dial: Callable[[], AbstractAsyncContextManager[Socket]]
-    command: RunCommand
+    engine: Engine
     end_commands: Callable[[set[str]], Awaitable[None]]
-    wall: Callable[[], float]
     chance: random.Random
 
 
@@ -224,9 +222,9 @@ class Attempt:
         own = {"JOBWORKER_JOB_ID": job, "JOBWORKER_JOB_NAME": name, "JOBWORKER_ATTEMPT": attempt}
         self._start(self.life.run(labels, self.environment | own, globs, version), on_end)
 
-    def adopt(self, wall: Callable[[], float], on_end: OnEnd) -> None:
+    def adopt(self, on_end: OnEnd) -> None:
         """Go on with a container that a former life of this worker has left."""
-        self._start(self.life.adopt(wall), on_end)
+        self._start(self.life.adopt(), on_end)
 
     def _start(self, life: Coroutine[Any, Any, End], on_end: OnEnd) -> None:
         self._move("start")
@@ -315,7 +313,7 @@ class Worker:
 
     def __init__(self, options: argparse.Namespace, name: str, world: World) -> None:
         self.options, self.name, self.world = options, name, world
-        self.engine = Engine(world.command)
+        self.engine = world.engine
         self.cleaner = Cleaner(self.engine)
         self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
@@ -557,7 +555,7 @@ class Worker:
             attempt = self._hold((job, number), name, container, {}, reading=None)
             log.info("%s: found its container, %s", attempt.title, state)
             self.living[attempt] = None
-            attempt.adopt(self.world.wall, self._on_end)
+            attempt.adopt(self._on_end)
 
     # Clock and signals
 
@@ -721,7 +719,7 @@ def real_world(options: argparse.Namespace) -> World:
         except RuntimeError as error:  # no more threads
             raise NotStarted(*error.args) from error
 
-    return World(dial, DockerCommand(options.docker), end, time.time, random.Random())
+    return World(dial, Engine(DockerCommand(options.docker), read_clocks()), end, random.Random())
 
 
 async def work(options: argparse.Namespace, name: str) -> int:

@@ -42,6 +42,7 @@ from jobworker.config import ConfigError, Configs, JobConfig, load_jobs, parse_d
 from jobworker.due import Scheduled, Scheduler
 from jobworker.ends import End, line_of
 from jobworker.options import (
+    UNSENT_BYTES,
     OptionError,
     check_host,
     command_line,
@@ -77,7 +78,6 @@ from protocol import (
 MAX_FRAME_BYTES = 4 * 1024 * 1024
 MAX_SILENT = 512  # connections that have said nothing yet; of more, the oldest are ended
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
-ENOUGH_UNREAD_BYTES = 64 * 1024  # with that much to read, a worker is sent no further job: a ping comes after it
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 HELLO_SECONDS = 10
 TICK_SECONDS = 0.25
@@ -158,8 +158,8 @@ class ConnectedWorker:
         self.send_claimed()
 
     def send_claimed(self) -> None:
-        """Write what waits, up to ENOUGH_UNREAD_BYTES. A job that is cancelled meanwhile goes out, and gets no Go."""
-        while self._claimed and self.socket.transport.get_write_buffer_size() < ENOUGH_UNREAD_BYTES:
+        """Write what waits, up to UNSENT_BYTES. A job that is cancelled meanwhile goes out, and gets no Go."""
+        while self._claimed and self.socket.transport.get_write_buffer_size() < UNSENT_BYTES:
             self.write(self.socket, self._claimed.popleft())
 
     def forget_claimed(self) -> None:

@@ -261,15 +261,15 @@ MUTANTS = (
         "a log is not read for ever",
         "jobworker/life.py",
         "their_job_ends_and_says_so",
-        "not is_running(state), clock() > give_up_at\n",
+        "not is_running(state), failed >= LOG_TRIES\n",
         "not is_running(state), False\n",
     ),
     Mutant(
         "a log is read to the container's end",
         "jobworker/life.py",
         "ends_too_early_loses_none",
-        "if has_ended or not is_running(await self._engine.state(self.container) or {}):",
-        "if True:",
+        "                if has_ended:\n",
+        "                if True:\n",
     ),
     Mutant(
         "half an answer is none",

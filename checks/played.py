@@ -33,7 +33,8 @@ import protocol
 import server
 from jobworker import state
 from jobworker.config import Configs, JobConfig, Parameter
-from jobworker.container import Answer, NotStarted, PastDeadline, option
+from jobworker.container import Answer, Clocks, NotStarted, PastDeadline, option
+from jobworker.container import Engine as EngineOfWorker
 from jobworker.output import LOG_PIECE_BYTES
 from jobworker.store import Store
 
@@ -580,7 +581,8 @@ class Host:
 
         options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=self.tags)
         options.allow_image = self.engine.allowed
-        outside = client.World(self.dial, command, end_commands, self.world.wall, self.world.chance)
+        engine = EngineOfWorker(command, Clocks(self.world.wall, self.world.now, "boot"))
+        outside = client.World(self.dial, engine, end_commands, self.world.chance)
         worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
         try:
             await worker.run()

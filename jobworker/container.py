@@ -10,9 +10,11 @@ import logging
 import math
 import re
 import shlex
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 ANSWER_SECONDS = 30  # for every command but `run`, `pull`, `wait` and `logs`
@@ -34,6 +36,7 @@ UNREACHED = re.compile(
     "(docker: )?(cannot connect to the docker daemon|permission denied while trying to connect)", re.IGNORECASE
 )
 CONTAINER = re.compile(r"jobworker-[a-zA-Z0-9]*-(\d+)-(\d+)")
+BEGAN = "jobworker.began"  # a label: the boot and the second in which it was started
 COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
 COMPLAINT_BYTES = 1000
 UNREADABLE = b"configured logging driver does not support reading"
@@ -89,11 +92,26 @@ class Found(NamedTuple):
     name: str
 
 
+class Clocks(NamedTuple):
+    """A machine's clocks: one that somebody may set, and one that goes on since `boot`, by which boots differ."""
+
+    wall: Callable[[], float] = time.time
+    steady: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
+    boot: str = ""
+
+
+def read_clocks() -> Clocks:
+    try:
+        return Clocks(boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    except OSError:
+        return Clocks()
+
+
 class Engine:
     """What a worker asks the engine, and what the engine's answers mean."""
 
-    def __init__(self, command: RunCommand) -> None:
-        self._command = command
+    def __init__(self, command: RunCommand, clocks: Clocks | None = None) -> None:
+        self._command, self._clocks = command, clocks or Clocks()
         self.images: set[str] = set()  # known to be here
         self._tells_states = False  # its `inspect` has given one
         self._pulling: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -141,14 +159,22 @@ class Engine:
             beginning = (beginning + data)[:1000] if len(beginning) < 1000 else beginning
             output(data)
 
-        answer = await self._command(command.arguments, command.stdin, command.variables, watch)
+        verb, *words = command.arguments
+        label = f"--label={BEGAN}={self._clocks.boot} {self._clocks.steady():.1f}"
+        answer = await self._command([verb, label, *words], command.stdin, command.variables, watch)
         return Answer(answer.code, beginning.decode(errors="replace"))
 
-    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool | None:
+    def seconds_since_start(self, inspected: dict[str, Any]) -> float:
+        """How long ago a container was started: by the clock that nobody sets, if this machine has started it."""
+        boot, _, began = str(labels_of(inspected).get(BEGAN)).rpartition(" ")
+        if boot and boot == self._clocks.boot:
+            return max(self._clocks.steady() - float(began), 0)
+        return seconds_since(str((inspected.get("State") or {}).get("StartedAt")), self._clocks.wall())
+
+    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all.
 
-        False: the engine refused it; None: the command could not be started, or was killed. is_last: what the command
-        says is passed on though it fails.
+        is_last: what the command says is passed on though it fails.
         """
         unreadable = False
         beginning = Beginning(output)
@@ -163,12 +189,12 @@ class Engine:
             answer = await self._command(["logs", "--follow", container], output=watch)
         except NotStarted as error:
             log.warning("docker logs could not be started; trying again: %s", error)
-            return None
+            return False
         finally:
             beginning.hold()
         if answer.code == 0 or is_last:
             beginning.pass_on()
-        return None if answer.code < 0 else answer.code == 0 or unreadable
+        return answer.code == 0 or unreadable
 
     async def wait(self, container: str) -> None:
         """Wait until a container has ended, or is gone."""

@@ -15,9 +15,10 @@ from urllib.parse import urlsplit
 
 from websockets.exceptions import InvalidStatus
 
+from jobworker.options import UNSENT_BYTES
+
 RUNNER = "/runner"
 REMIND_SECONDS = 600
-UNSENT_BYTES = 64 * 1024
 SCHEMES = {"": "ws", "ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
 OTHER_PLACE = (200, 204, 400, 404, 405, 410, 426)  # answers of a path that is no jobworker server's /runner
 

@@ -5,7 +5,6 @@ import contextlib
 import errno
 import fnmatch
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jobworker.container import (
@@ -27,7 +26,6 @@ from jobworker.container import (
     labels_of,
     may_run,
     read_state,
-    seconds_since,
 )
 from jobworker.output import Output
 
@@ -37,7 +35,7 @@ STOP_AGAIN_SECONDS = 0.5
 OOM_SECONDS = 0.5
 NOT_STARTED = 125
 FENCE_TRIES = 10
-LOG_TRIES = 10
+LOG_TRIES = 30  # of a container that has ended: each is made when the engine has told its state, and they are 1 s apart
 
 Config = dict[str, Any]
 
@@ -177,12 +175,11 @@ class Life:
         pull.cancel()
         return f"pulling {image} " + ("was stopped" if self._stop_reason else f"took more than {limit} s")
 
-    async def adopt(self, wall: Callable[[], float]) -> End:
+    async def adopt(self) -> End:
         """Live from a container that a former life has left, running or ended, to the end."""
         inspected = await self._engine.inspect(self.container) or {}
         self.name = str(labels_of(inspected).get("jobworker.name", self.name))
-        state = inspected.get("State", {})
-        self._started = asyncio.get_running_loop().time() - seconds_since(str(state.get("StartedAt")), wall())
+        self._started = asyncio.get_running_loop().time() - self._engine.seconds_since_start(inspected)
         await self._follow()
         return await self._conclude(None)
 
@@ -224,25 +221,26 @@ class Life:
 
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
-        refusals = 0
+        failed, goes_on = 0, False
         # A container that is gone has no state, and what was read of it stays.
         while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
-            has_ended, is_last = not is_running(state), refusals == LOG_TRIES
-            self.output.read_again()
-            told = await self._engine.follow(self.container, self.output.add, is_last)
-            if told:
+            has_ended, gives_up = not is_running(state), failed >= LOG_TRIES
+            if not goes_on:
+                self.output.read_again()
+            add = self.output.add_rest() if goes_on else self.output.add
+            goes_on = await self._engine.follow(self.container, add, gives_up)
+            if goes_on:
                 self.output.is_whole()
-                if has_ended or not is_running(await self._engine.state(self.container) or {}):
+                if has_ended:
                     break
-                await self._engine.wait(self.container)  # the command ended too early
-            elif is_last and told is False:
+                await self._engine.wait(self.container)  # the command may have ended before it
+            elif gives_up:
                 self.output.say("jobworker: docker can't read more of this log\n")
                 break
-            else:
-                # An engine that is away tells no states either: only what it refuses while it is there counts.
-                refusals = min(refusals + (told is False), LOG_TRIES) if has_ended else 0
+            else:  # the command was killed, or the engine is away
+                failed = failed + 1 if has_ended else 0
                 await asyncio.sleep(ENGINE_RETRY_SECONDS)
         await self._engine.wait(self.container)
 

@@ -1,4 +1,4 @@
-"""What both command lines do alike: options, the token file, the log, the limit of open files."""
+"""What both command lines do alike: options, the token file, the log, the limits of open files and unsent bytes."""
 
 import argparse
 import contextlib
@@ -17,6 +17,7 @@ from typing import NoReturn
 MIN_TOKEN_CHARACTERS = 16
 MAX_LOG_RECORDS = 10_000
 FLUSH_SECONDS = 1
+UNSENT_BYTES = 64 * 1024  # between server and worker: a ping has to wait for what is not sent yet
 
 
 class OptionError(Exception):

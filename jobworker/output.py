@@ -55,6 +55,18 @@ class Output:
         while self._size > LOG_BUFFER_BYTES:
             self._size -= len((self._tail or self._head).popleft()[1])
 
+    def add_rest(self) -> Callable[[bytes], None]:
+        """Give an `add` for output that is read from its start once more: what is there already is left out."""
+        known = self.end
+
+        def add(data: bytes) -> None:
+            nonlocal known
+            rest, known = data[known:], max(known - len(data), 0)
+            if rest:
+                self.add(rest)
+
+        return add
+
     def _is_open(self, piece: tuple[int, bytes], end: int) -> bool:
         start, data = piece
         return start >= self._sent and start + len(data) == end and len(data) < LOG_PIECE_BYTES // 2

@@ -32,6 +32,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 from jobworker.message import MAX_BODY_BYTES, ApiError, BadFraming, Request, Response, parse_head, problem
+from jobworker.options import UNSENT_BYTES
 
 MAX_CONNECTIONS = 1_024
 MAX_STRANGERS = 128  # of these, once all are taken: for connections without a valid token, where tokens are set
@@ -49,8 +50,7 @@ SLOWEST_UPLOAD_BYTES = 1024 * 1024  # a second: a large body that comes slower g
 SEND_SECONDS = 30
 SLOWEST_BYTES = 4 * 1024  # a second: what a reader must take once it has made us wait for SEND_SECONDS
 LINGER_SECONDS = 1
-UNSENT_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
-UNSENT_TO_WORKER_BYTES = 64 * 1024  # which a ping has to wait for
+UNSENT_TO_CALLER_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for each reader that does not read
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
@@ -180,7 +180,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         self.patience = float(SEND_SECONDS)
         self.slow_from = math.inf
         self.evicted: Future[None] = Future()
-        self._limit_unsent(UNSENT_BYTES)
+        self._limit_unsent(UNSENT_TO_CALLER_BYTES)
         now = time.monotonic()
         self.server.places[self] = Place(True, now, now + IDLE_SECONDS)
 
@@ -295,7 +295,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         if not RUNNER_START.match(head) or not UPGRADE_HEADER.search(head + b"\r\n"):
             return False
         if self.server.places.pop(self, None):
-            self._limit_unsent(UNSENT_TO_WORKER_BYTES)
+            self._limit_unsent(UNSENT_BYTES)
             self.server.runner.hand_over(self.connection)
         return True
 

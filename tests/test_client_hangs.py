@@ -10,7 +10,7 @@ from pathlib import Path
 
 import protocol
 from tests.peers import ScriptedServer
-from tests.stage import JOBS, Program, Server, Stage, Worker, meanwhile, until
+from tests.stage import JOBS, Program, Server, Stage, Worker, meanwhile, until, until_file
 
 LONG = "echo early; while [ ! -e {} ]; do sleep 0.05; done; echo late"
 
@@ -88,6 +88,26 @@ class TestOneThatCanNotBeInspected:
         until(lambda: stage.docker.containers() == [])
 
 
+class TestAdoption:
+    def test_a_clock_that_was_set_ahead_does_not_end_a_job(self, stage: Stage) -> None:
+        go = stage.folder / "go"
+        limited = f"- {{name: limited, image: busybox, command: {until_file(stage)}, timeout: 1m}}\n"
+        server = stage.server("--grace", "300", jobs=JOBS + limited)
+        worker = stage.worker(server, "--slots", "2")
+        job = server.post("limited")
+        until(lambda: stage.docker.starts(job))
+        worker.kill()
+        [name] = stage.docker.containers()
+        os.utime(
+            stage.docker.folder / "containers" / name / "pid", (0, time.time() - 3_600)
+        )  # it has its start from it
+        worker.start()
+        until(lambda: stage.docker.calls("logs"))
+        assert server.ended(server.post("quick"))["success"]  # some ticks later
+        go.touch()
+        assert server.ended(job)["success"]
+
+
 class TestHangingRuns:
     @meanwhile
     def test_one_without_a_container_ends_once_it_is_to_stop(self, stage: Stage) -> None:
@@ -156,6 +176,16 @@ class TestLogsThatCanNotBeRead:
         server, worker, job, go = adopt(stage, once)
         worker.start()
         until(lambda: stage.docker.calls("wait"))  # it has seen that the container runs on
+        go.touch()
+        assert server.ended(job, 20)["success"]
+        assert server.log(job) == b"early\nlate\n"
+
+    def test_nor_does_one_that_ends_a_moment_before_its_container(self, stage: Stage) -> None:
+        moment = 'until [ -e $HERE/containers/"$3"/exit ]; do sleep 0.05; done'  # the state then tells of the end
+        once = f'[ "$1" = logs ] && mkdir $HERE/once 2>/dev/null && $HERE/docker logs "$3" && {moment} && exit 0'
+        server, worker, job, go = adopt(stage, once)
+        worker.start()
+        until(lambda: server.log(job) == b"early\n" and (stage.docker.folder / "once").exists())
         go.touch()
         assert server.ended(job, 20)["success"]
         assert server.log(job) == b"early\nlate\n"

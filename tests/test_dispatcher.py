@@ -12,9 +12,10 @@ from typing import Any
 import protocol
 from jobworker import lists, state
 from jobworker.config import Configs, JobConfig
+from jobworker.options import UNSENT_BYTES
 from jobworker.state import NewJob
 from jobworker.store import Store
-from server import ENOUGH_UNREAD_BYTES, MAX_FRAME_BYTES, MAX_UNSTORED_BYTES, Core, Dispatcher, Outside
+from server import MAX_FRAME_BYTES, MAX_UNSTORED_BYTES, Core, Dispatcher, Outside
 from tests.test_due import deliver
 
 Held = tuple[tuple[int, int, str], ...]
@@ -167,7 +168,7 @@ class TestSlowLink:
             await table.run()
             sent: list[int] = []
             while len(sent) < 1_000:
-                assert link.get_write_buffer_size() < ENOUGH_UNREAD_BYTES + protocol.BATCH_BYTES + 10_000
+                assert link.get_write_buffer_size() < UNSENT_BYTES + protocol.BATCH_BYTES + 10_000
                 some = [message.job for message in link.read() if isinstance(message, protocol.Enqueue)]
                 assert some
                 sent += some

@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import json
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -114,7 +113,7 @@ class TestLife:
     ) -> None:
         async def live() -> End:
             life = Life(Engine(HalfRemoved(**state)), {"job": {"image": "busybox"}}, "job", "container")
-            return await asyncio.wait_for(life.adopt(time.time), 10)
+            return await asyncio.wait_for(life.adopt(), 10)
 
         assert asyncio.run(live()) == end
 

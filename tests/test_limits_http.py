@@ -18,7 +18,8 @@ import pytest
 
 from jobworker import api, message, web
 from jobworker.message import Response
-from jobworker.web import UNSENT_TO_WORKER_BYTES, HttpServer
+from jobworker.options import UNSENT_BYTES
+from jobworker.web import HttpServer
 from server import MAX_SILENT
 from tests.peers import HANDSHAKE, VERSION_2, ScriptedWorker, head
 from tests.stage import Program, Reply, Server, Stage, bearer, problem, read_to_end, until
@@ -303,7 +304,7 @@ class TestHandshakes:
                 new, _ = other.accept()
                 with new:
                     assert worker.getsockopt(*buffer) == new.getsockopt(*buffer)
-                    assert worker.getsockopt(*unsent) == UNSENT_TO_WORKER_BYTES
+                    assert worker.getsockopt(*unsent) == UNSENT_BYTES
 
     @pytest.mark.parametrize("protocol", [b"Sec-WebSocket-Protocol: " + VERSION_2.encode(), b"X: version 1"])
     def test_a_crowd_that_never_says_anything_shuts_no_worker_out(self, stage: Stage, protocol: bytes) -> None:
