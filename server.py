@@ -585,7 +585,7 @@ class Core:
 
     def _prune(self) -> None:
         def pruned(count: int | Exception) -> None:
-            if count == PRUNE_JOBS:  # some at a time, with room for others between
+            if not isinstance(count, Exception) and count:  # some at a time, with room for others between
                 self._prune()
 
         if self._keep and not self.clock.was_set_lately():

@@ -358,7 +358,7 @@ MUTANTS = (
         "a pattern takes a bounded time",
         "jobworker/config.py",
         "match_would_take_too_long",
-        "compiled(self.pattern).fullmatch(value)",
+        "compiled(self.pattern).fullmatch(value, matching)",
         "re.compile(self.pattern).fullmatch(value)",
     ),
     Mutant(

@@ -4,13 +4,16 @@ from jobworker.state import LOG_STATE, Database
 
 LOG_HEAD_BYTES = 512 * 1024
 LOG_TAIL_BYTES = 512 * 1024
+LOG_ROW_BYTES = 1_000  # a smaller last row takes what follows it, still in its page: a log has 2,100 rows at most
 
 LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
-INSERT_LOG = "INSERT INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
+KEEP_LOG = "INSERT OR REPLACE INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
 CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
 BEGIN_READING = "UPDATE job SET reading = ?, log_bytes = 0 WHERE id = ?"
 DROP_LOG = "DELETE FROM log WHERE job = ? AND attempt = ?"
 LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
+LOG_END = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
+    ORDER BY byte_offset DESC LIMIT 1"""
 LOG_BACKWARDS = "SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? ORDER BY byte_offset DESC"
 READ_LOG = """SELECT byte_offset, data FROM log WHERE job = ? AND attempt = ? AND byte_offset > ?
     ORDER BY byte_offset LIMIT 16"""
@@ -29,12 +32,21 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
         data, offset = data[have - offset :], have
     if data:
         have = offset + len(data)
-        db.execute(INSERT_LOG, (job, attempt, offset, data))
+        db.execute(KEEP_LOG, (job, attempt, *_with_last_row(db, job, attempt, offset, data)))
         db.execute(LOG_GROWS, (have, job))
         if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
             db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
         db.notes.jobs.add(job)
     return have
+
+
+def _with_last_row(db: Database, job: int, attempt: int, offset: int, data: bytes) -> tuple[int, bytes]:
+    """Give a piece with the last row before it, where both are small and nothing is missing between them."""
+    if len(data) < LOG_ROW_BYTES and (row := db.one(LOG_END, job, attempt, offset - LOG_ROW_BYTES)):
+        start, last = row
+        if start + len(last) == offset and len(last) + len(data) <= LOG_ROW_BYTES:
+            return start, last + data
+    return offset, data
 
 
 def begin_reading(db: Database, worker: int, job: int, attempt: int, number: int) -> tuple[int, int] | None:

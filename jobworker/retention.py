@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 from jobworker.state import NEWEST_JOB, NEWEST_SUCCESS, Database
 
-FREE_PAGES_LIMIT = 1_000
+PRUNED_BYTES = 1024 * 1024  # of logs, in one transaction: others wait for it
+FREE_PAGES_LIMIT = 300  # as many as those logs leave
 
 OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
+LOG_BYTES = "SELECT total(length(data)) FROM log WHERE job = ?"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
@@ -18,15 +20,21 @@ FREE_PAGE = "PRAGMA incremental_vacuum(1)"
 def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
     """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
 
+    Fewer, but one at least, where their logs are large: whoever commits meanwhile waits. 0: there are none left.
     Of each of the names the newest job and the newest success stay: when did it last succeed?
     """
     kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
     rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
     rows = [row for row in rows if row["id"] not in kept][:limit]
+    count, log_bytes = 0, 0.0
     for job, state in rows:
+        count += 1
+        log_bytes += db.one(LOG_BYTES, job)[0]
         for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
             db.execute(statement, (job,))
         db.notes.moved[state] -= 1
+        if log_bytes >= PRUNED_BYTES:
+            break
     for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
         db.execute(FREE_PAGE)
-    return len(rows)
+    return count

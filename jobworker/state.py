@@ -260,7 +260,7 @@ class Notes:
     last_id: int
     slots: dict[int, FreeSlots]
     ready: bool  # a claim may find more than the last one did
-    moved: Counter[str] = field(default_factory=Counter)
+    moved: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     jobs: set[int] = field(default_factory=set)
     workers: set[int] = field(default_factory=set)
     claimed: list[Claimed] = field(default_factory=list)
@@ -278,7 +278,7 @@ class Database:
 
     def __init__(self, connection: sqlite3.Connection, chance: random.Random) -> None:
         self.connection, self.chance = connection, chance
-        self.counts = Counter({row["state"]: row["jobs"] for row in self.execute(COUNT_STATES)})
+        self.counts = dict.fromkeys(STATES, 0) | dict(self.execute(COUNT_STATES).fetchall())
         self.last_id: int = (self.one(LAST_ID) or [0])[0]
         self.slots: dict[int, FreeSlots] = {}
         self.limits: Mapping[str, int] = {}
@@ -309,7 +309,8 @@ class Database:
         self.execute("COMMIT")
         notes = self.notes
         self.last_id, self.slots, self.ready = notes.last_id, notes.slots, notes.ready
-        self.counts.update(notes.moved)
+        for state, count in notes.moved.items():
+            self.counts[state] += count
         self.totals.observe(notes.finished)
         self.untold_jobs |= notes.jobs
         self.untold_workers |= notes.workers

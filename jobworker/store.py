@@ -252,6 +252,8 @@ def _open(path: str, chance: random.Random) -> Database:
     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
+    # Some builds, as Debian's, overwrite each deleted page with zeros: pruning then writes all logs once more.
+    connection.execute("PRAGMA secure_delete = FAST")
     connection.execute("BEGIN IMMEDIATE")
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version == 0:

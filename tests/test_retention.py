@@ -1,0 +1,79 @@
+"""What goes with time goes a little at a time, and what is kept of a chatty job is few rows."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobworker import logs, retention, state
+from jobworker.state import FreeSlots, NewJob
+from jobworker.store import Store
+from tests.test_state import RULES, arrival
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    store = Store(str(tmp_path / "jobs.db")).start()
+    yield store
+    store.close()
+
+
+def running(store: Store, count: int) -> int:
+    """Have jobs run at a worker, whose id this gives."""
+    worker, _ = store.do(state.attach, arrival("w"), 1.0, RULES).result()
+    store.do(state.add, [NewJob("once")] * count, 1.0).result()
+    store.do(state.claim, [FreeSlots(worker, count, frozenset({"once"}))], {}).result()
+    for job in range(1, count + 1):
+        assert store.do(state.start, worker, job, 1, 1.0).result()
+    return int(worker)
+
+
+class TestPruning:
+    """Whoever commits waits for what is pruned in one transaction."""
+
+    def test_of_large_logs_few_go_at_a_time(self, store: Store) -> None:
+        full = bytes(logs.LOG_HEAD_BYTES)
+        worker = running(store, 5)
+        for job in range(1, 6):
+            for offset in (0, len(full)):
+                store.do(logs.append_log, worker, job, 1, offset, full).result()
+            store.do(state.succeed, worker, job, 1, 2.0, RULES).result()
+        counts = [store.do(retention.prune, 3.0, ["once"], 50).result() for _ in range(5)]
+        assert counts == [1, 1, 1, 1, 0]
+
+    def test_a_log_that_is_deleted_is_not_written_once_more(self, store: Store) -> None:
+        assert (
+            store.do(lambda db: db.one("PRAGMA secure_delete")[0]).result() == 2
+        )  # fast: where nothing more is written
+
+
+class TestSmallPieces:
+    """A job that writes a little at a time leaves no more rows than one that writes much."""
+
+    def test_they_come_together_in_rows(self, store: Store) -> None:
+        worker, text = running(store, 1), bytes(range(256)) * 20
+        for offset in range(len(text)):
+            store.do(logs.append_log, worker, 1, 1, offset, text[offset : offset + 1])
+        rows = store.do(lambda db: db.one("SELECT count(*) FROM log")[0]).result()
+        assert rows <= len(text) / logs.LOG_ROW_BYTES + 1
+        assert self.text(store) == [(0, text)]
+        assert store.do(logs.tail_offset, 1, 1, 1).result() == text.rindex(b"\n") + 1
+
+    def test_what_is_there_or_missing_between_them_stays_so(self, store: Store) -> None:
+        worker = running(store, 1)
+        for offset, data in ((0, b"ab"), (1, b"bc"), (3, b"d"), (9, b"xy"), (9, b"xyz"), (12, b"")):
+            store.do(logs.append_log, worker, 1, 1, offset, data).result()
+        assert self.text(store) == [(0, b"abcd"), (9, b"xyz")]
+
+    def text(self, store: Store) -> list[tuple[int, bytes]]:
+        """Give the log as it is read, in stretches without a gap."""
+        stretches: list[tuple[int, bytes]] = []
+        offset = 0
+        while pieces := store.do(logs.read_log, 1, 1, offset).result():
+            for start, data in pieces:
+                if stretches and start == offset:
+                    stretches[-1] = stretches[-1][0], stretches[-1][1] + data
+                else:
+                    stretches.append((start, data))
+                offset = start + len(data)
+        return stretches
