@@ -83,6 +83,7 @@ HELLO_SECONDS = 10
 TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
+QUIET_SECONDS = 86_400  # after so long without a job a server that starts prunes nothing for an hour
 GONE_JOBS = 500
 
 EXAMPLE = """\
@@ -517,6 +518,9 @@ class Core:
         self.store.do(state.adopt, self.dispatcher.configs)
         self.dispatcher.resume(await asyncio.wrap_future(self.store.do(state.resume, self.clock())))
         await asyncio.wrap_future(self.store.do(state.tick, self.clock()))
+        last = await asyncio.wrap_future(self.store.do(retention.last_moment))
+        if last is not None and self.clock() > last + QUIET_SECONDS:
+            self.clock.distrust()  # it may have been set while the server was down
         self.adopt_schedules()
 
     def on_commit(self, commit: Commit) -> None:

@@ -35,10 +35,14 @@ class WatchedClock:
             offset = now - self._steady()
             jump, self._offset = offset - self._offset, offset
             if abs(jump) >= CLOCK_JUMP_SECONDS:
-                self._trusted_from = self._steady() + DISTRUST_SECONDS
+                self.distrust()
                 self._on_jump(jump, now)
             return now
 
+    def distrust(self) -> None:
+        """Take it for set: what is pruned for its age is not to be had back."""
+        self._trusted_from = self._steady() + DISTRUST_SECONDS
+
     def was_set_lately(self) -> bool:
-        """Whether it was set within the last hour: what is pruned for its age is not to be had back."""
+        """Whether it was set within the last hour."""
         return self._steady() < self._trusted_from

@@ -7,6 +7,7 @@ from jobworker.state import NEWEST_JOB, NEWEST_SUCCESS, Database
 PRUNED_BYTES = 1024 * 1024  # of logs, in one transaction: others wait for it
 FREE_PAGES_LIMIT = 300  # as many as those logs leave
 
+LAST_MOMENT = "SELECT max((SELECT created_at FROM job ORDER BY id DESC LIMIT 1), (SELECT max(finished_at) FROM job))"
 OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
 LOG_BYTES = "SELECT total(length(data)) FROM log WHERE job = ?"
 DELETE_LOG = "DELETE FROM log WHERE job = ?"
@@ -15,6 +16,12 @@ DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
 COUNT_FREE_PAGES = "PRAGMA freelist_count"
 FREE_PAGE = "PRAGMA incremental_vacuum(1)"
+
+
+def last_moment(db: Database) -> float | None:
+    """When a job came or ended last, in seconds since the epoch; None where none has ended."""
+    moment: float | None = db.one(LAST_MOMENT)[0]
+    return moment
 
 
 def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:

@@ -313,6 +313,24 @@ class TestPruning:
 
         asyncio.run(play())
 
+    def test_nor_by_one_that_may_have_been_set_while_the_server_was_down(self) -> None:
+        async def play() -> None:
+            clocks = Clocks(keep=30 * 86_400)
+            (job,) = clocks.do(state.add, [NewJob("plain"), NewJob("plain")], clocks.wall - 365 * 86_400)[:1]
+            clocks.do(state.cancel, job, clocks.wall - 365 * 86_400)
+            starting = asyncio.ensure_future(clocks.core.start())
+            while not starting.done():
+                await asyncio.sleep(0)
+                commit(clocks.store)
+            clocks.prune()
+            assert clocks.do(state.get, job)["state"] == "cancelled"
+            clocks.wall += 3_600
+            clocks.steady += 3_600
+            clocks.prune()
+            assert clocks.do(state.get, job).kind == "unknown"
+
+        asyncio.run(play())
+
 
 def commit(store: Store, future: Future[Any] | None = None) -> Any:
     while store._requests.qsize():
