@@ -20,7 +20,7 @@ run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
 	@$(WITH_ENGINE) --or-podman -- $(BIN)/python checks/demo.py --stay
 
 test: .venv/ready-dev browser nginx engines ## the tests, with real containers and a real browser
-	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest -n 3 --dist loadgroup $(ARGS)
+	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
 	@$(BIN)/ruff check

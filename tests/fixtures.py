@@ -16,15 +16,7 @@ from tests.engines import Engine
 from tests.stage import JOBS, Docker, Server, Stage, Worker, play, until
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where tests run in several processes, each class is in one of them, and so are all `meanwhile` tests."""
-    for item in items:
-        waits = hasattr(getattr(item, "function", None), "scenario")
-        of_class = item.nodeid.partition("[")[0].rpartition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("meanwhile" if waits else of_class))
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Any, Future[None]]]:
