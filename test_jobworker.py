@@ -269,7 +269,7 @@ class TestPromise03AtMostOnce:
     def test_a_docker_run_that_outlives_its_worker_starts_nothing(self, stage: Stage) -> None:
         server = stage.server()
         worker = stage.worker(server)
-        stage.docker.delay("run", 0.7)
+        stage.docker.delay("run", 5)
         job = server.sh("true")
         until(lambda: stage.docker.calls("run"))
         worker.kill()

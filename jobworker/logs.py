@@ -41,10 +41,11 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
 
 
 def _with_last_row(db: Database, job: int, attempt: int, offset: int, data: bytes) -> tuple[int, bytes]:
-    """Give a piece with the last row before it, where both are small and nothing is missing between them."""
+    """Give a piece with the last row before it, where both are small and nothing is, or will be, cut between them."""
     if len(data) < LOG_ROW_BYTES and (row := db.one(LOG_END, job, attempt, offset - LOG_ROW_BYTES)):
         start, last = row
-        if start + len(last) == offset and len(last) + len(data) <= LOG_ROW_BYTES:
+        beside = start + len(last) == offset and not start < LOG_HEAD_BYTES <= offset
+        if beside and len(last) + len(data) <= LOG_ROW_BYTES:
             return start, last + data
     return offset, data
 

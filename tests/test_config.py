@@ -500,7 +500,9 @@ class TestParameters:
     def test_a_value_whose_match_would_take_too_long_is_refused(self) -> None:
         value = "".join(random.Random(1).choices("ab", k=30_000))
         flaw = Parameter(pattern="(a|b)*a(a|b){20}(c|d)*").flaw_of(value)
-        assert flaw == "is too long to be matched with the pattern (a|b)*a(a|b){20}(c|d)*: 30,000 characters"
+        assert flaw.startswith(
+            "takes too long to be matched with the pattern (a|b)*a(a|b){20}(c|d)* at 30,000 characters"
+        )
 
 
 class TestDuration:

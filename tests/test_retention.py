@@ -77,3 +77,10 @@ class TestSmallPieces:
                     stretches.append((start, data))
                 offset = start + len(data)
         return stretches
+
+    def test_no_row_has_of_the_head_and_of_what_is_cut_behind_it(self, store: Store) -> None:
+        worker, head = running(store, 1), logs.LOG_HEAD_BYTES
+        for offset in (head - 10, head):
+            store.do(logs.append_log, worker, 1, 1, offset, b"x" * 10)
+        store.do(logs.append_log, worker, 1, 1, head + 10 + logs.LOG_TAIL_BYTES, b"x")
+        assert self.text(store)[0] == (head - 10, b"x" * 10)
