@@ -748,7 +748,7 @@ def overview(db: Database, now: float) -> dict[str, Any]:
     connected, slots = db.one(COUNT_CONNECTED)
     oldest = db.one(OLDEST_READY)[0]
     return {
-        "jobs": {state: db.counts[state] + db.notes.moved[state] for state in STATES},
+        "jobs": {state: db.counts[state] + db.notes.moved.get(state, 0) for state in STATES},
         "finished": db.totals.finished.total() + len(db.notes.finished),
         "queue_latency": round(max(now - oldest, 0), 1) if oldest else 0,
         "workers": connected,
