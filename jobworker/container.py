@@ -17,6 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from jobworker.clock import Clock, steady_clock
+
 ANSWER_SECONDS = 30  # for every command but `run`, `pull`, `wait` and `logs`
 INSPECT_SECONDS = 5  # of all containers together, of each alone: a worker that looks must be back before its grace ends
 INSPECTIONS = 8  # at the same time
@@ -95,8 +97,8 @@ class Found(NamedTuple):
 class Clocks(NamedTuple):
     """A machine's clocks: one that somebody may set, and one that goes on since `boot`, by which boots differ."""
 
-    wall: Callable[[], float] = time.time
-    steady: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME)
+    wall: Clock = time.time
+    steady: Clock = steady_clock
     boot: str = ""
 
 
@@ -278,6 +280,7 @@ class Engine:
         said = ""
         for delay in backoff():
             rows = (await self.retry_until_answered("ps", "--all", "--format={{.Names}} {{.ID}}", *filters)).out
+            # One that is half removed may have no name: its id stands first then.
             names = [row.split()[0] for row in rows.splitlines() if row.strip()]
             found, problem = await self._inspect(names) if names else ([], "")
             if found is None:  # one may hold up all others
@@ -440,6 +443,7 @@ def name_for(server_id: str, job: int, attempt: int) -> str:
 
 
 def read_name(container: str) -> list[Found] | None:
+    """Give what a container's name alone tells, as _inspect gives it; None where the name is not ours."""
     own = CONTAINER.fullmatch(container)
     return [Found(int(own[1]), int(own[2]), UNKNOWN, container, "")] if own else None
 

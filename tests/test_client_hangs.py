@@ -98,9 +98,8 @@ class TestAdoption:
         until(lambda: stage.docker.starts(job))
         worker.kill()
         [name] = stage.docker.containers()
-        os.utime(
-            stage.docker.folder / "containers" / name / "pid", (0, time.time() - 3_600)
-        )  # it has its start from it
+        told_start = stage.docker.folder / "containers" / name / "pid"  # by the time of this file
+        os.utime(told_start, (0, time.time() - 3_600))
         worker.start()
         until(lambda: stage.docker.calls("logs"))
         assert server.ended(server.post("quick"))["success"]  # some ticks later

@@ -297,6 +297,15 @@ class TestDelays:
 class TestPruning:
     """What is pruned is not to be had back: a clock that was set is not trusted for an hour."""
 
+    def prune_within_an_hour_and_after(self, clocks: Clocks, job: int) -> None:
+        """See that this job stays within the hour, and goes after it."""
+        clocks.prune()
+        assert clocks.do(state.get, job)["state"] == "cancelled"
+        clocks.wall += 3_600
+        clocks.steady += 3_600
+        clocks.prune()
+        assert clocks.do(state.get, job).kind == "unknown"
+
     def test_nothing_is_pruned_by_a_clock_that_was_set(self) -> None:
         async def play() -> None:
             clocks = Clocks(keep=30 * 86_400)
@@ -304,12 +313,7 @@ class TestPruning:
             clocks.do(state.cancel, job, clocks.core.clock())
             clocks.wall += 40 * 86_400
             clocks.tick()
-            clocks.prune()
-            assert clocks.do(state.get, job)["state"] == "cancelled"
-            clocks.wall += 3_600
-            clocks.steady += 3_600
-            clocks.prune()
-            assert clocks.do(state.get, job).kind == "unknown"
+            self.prune_within_an_hour_and_after(clocks, job)
 
         asyncio.run(play())
 
@@ -322,12 +326,7 @@ class TestPruning:
             while not starting.done():
                 await asyncio.sleep(0)
                 commit(clocks.store)
-            clocks.prune()
-            assert clocks.do(state.get, job)["state"] == "cancelled"
-            clocks.wall += 3_600
-            clocks.steady += 3_600
-            clocks.prune()
-            assert clocks.do(state.get, job).kind == "unknown"
+            self.prune_within_an_hour_and_after(clocks, job)
 
         asyncio.run(play())
 
