@@ -77,7 +77,8 @@ class HttpServer(ThreadingHTTPServer):
     """Accepts connections and gives each a thread; the accept loop never waits for a connection.
 
     `places` is the one table of connections and their waits. A connection that is no longer in it was evicted. Each
-    entry is changed by popping it, which is atomic, so that a request is either answered or evicted, never both.
+    entry is changed by popping it, which is atomic, so that a request is either answered or evicted, never both. So is
+    its copy; a list of its items is not: their tuples may start the garbage collector, and that another thread.
     """
 
     daemon_threads = True
@@ -115,7 +116,7 @@ class HttpServer(ThreadingHTTPServer):
 
     def _evict_one(self) -> None:
         """End the connection that one can best do without, if there is one."""
-        now, places = time.monotonic(), list(self.places.items())
+        now, places = time.monotonic(), list(self.places.copy().items())
         crowded = sum(connection.stranger for connection, _ in places) > MAX_STRANGERS
 
         def worth(item: tuple[HttpConnection, Place]) -> tuple[bool, bool, bool, float]:
@@ -142,7 +143,7 @@ class HttpServer(ThreadingHTTPServer):
         if now < self.next_check:
             return
         self.next_check = now + CHECK_SECONDS
-        for connection, place in list(self.places.items()):
+        for connection, place in self.places.copy().items():
             if place.until < now and self.places.get(connection) is place:
                 # Shut for reading only, a late request can still be answered with 408.
                 connection.shut(socket.SHUT_RD if place.for_request else socket.SHUT_RDWR)

@@ -8,8 +8,18 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect
 
-from tests.pages import SITE_JOBS, ReaderOf, assert_accessible, in_every_look, needs_chromium, open_job, row_of, unfold
-from tests.stage import Server, Stage
+from tests.pages import (
+    SITE_JOBS,
+    ReaderOf,
+    assert_accessible,
+    hold_answer,
+    in_every_look,
+    needs_chromium,
+    open_job,
+    row_of,
+    unfold,
+)
+from tests.stage import Server, Stage, until
 
 pytestmark = needs_chromium
 pytest_plugins = ["tests.pages"]
@@ -254,6 +264,13 @@ class TestDashboardTells:
             page.keyboard.press("Enter")
             expect(page.get_by_role("heading", name=title)).to_be_visible()
             expect(page.locator("#list tbody tr").first).to_be_visible()
+        held = hold_answer(page, "**/api/configs")
+        page.goto(page.url.split("#")[0])
+        page.get_by_label("Go to a job").fill("sh")
+        page.keyboard.press("Enter")
+        until(lambda: page.evaluate("true") and held)
+        held[0][0].fulfill(response=held[0][1])
+        expect(page.get_by_role("heading", name="Jobs named sh")).to_be_visible()
         page.goto(f"{page.url.split('#')[0]}#/?q=no-such-thing")
         page.get_by_role("link", name="Show all jobs").click()
         expect(page.locator("#list tbody tr").first).to_be_visible()

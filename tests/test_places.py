@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import threading
 import time
@@ -204,6 +205,33 @@ class TestDeadlines:
         with serving(lambda _: Response(b"{}")) as server, dial(server) as peer:
             peer.sendall(data)
             assert read_to_end(peer)[: len(reply) or None] == reply
+
+    def test_the_table_may_change_while_it_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The collector, which may start whenever something is made, runs finalizers, and they let other threads run."""
+        monkeypatch.setattr(web, "CHECK_SECONDS", 0)
+        monkeypatch.setattr(web, "MAX_CONNECTIONS", 40)  # each further one evicts
+        thresholds = gc.get_threshold()
+        with serving(lambda _: Response(b"{}")) as server, contextlib.ExitStack() as stack:
+            for _ in range(40):
+                stack.enter_context(dial(server))
+            until(lambda: len(server.places) == 40)
+
+            def changes(_phase: str, _about: dict[str, int]) -> None:
+                with contextlib.suppress(KeyError, RuntimeError):  # it has just gone
+                    other = next(iter(server.places))
+                    server.places[other] = server.places.pop(other)
+
+            gc.callbacks.append(changes)
+            gc.set_threshold(1, 1, 1)
+            try:
+                for _ in range(10):
+                    gc.collect()  # leaves no tuples to be used again
+                    peer = stack.enter_context(dial(server))
+                    peer.sendall(head(b"GET /"))
+                    assert peer.recv(100).startswith(b"HTTP/1.1 200 ")
+            finally:
+                gc.set_threshold(*thresholds)
+                gc.callbacks.remove(changes)
 
     def test_a_sender_that_is_refused_in_the_midst_knows_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also where the kernel had no room for what it sent: such a sender would wait for a minute."""
