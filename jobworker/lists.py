@@ -6,13 +6,26 @@ from heapq import merge
 from itertools import islice
 from typing import NamedTuple
 
-from jobworker.state import ALL_NAMES, GET_JOB, JOB_WITH_WORKER, MAX_JOB_ID, NEWEST_JOB, Database, cancel
+from jobworker.state import (
+    ACTIVE_STATES,
+    ALL_NAMES,
+    FINAL_STATES,
+    FIND_WORKER,
+    GET_JOB,
+    JOB_WITH_WORKER,
+    MAX_JOB_ID,
+    NEWEST_JOB,
+    Database,
+    cancel,
+)
 
 PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read keeps in memory
 
 NAMES_WITH = f"{ALL_NAMES} AND instr(lower(name), lower(?))"
 RECENT_STATES = "SELECT state FROM job WHERE name = ? ORDER BY id DESC LIMIT 10"
 FIRST_ENDED_AFTER = "SELECT min(id) FROM job WHERE finished_at > ?"
+OF_WORKERS = ACTIVE_STATES + FINAL_STATES
+FIRST_QUEUED = "SELECT min(id) FROM job WHERE state = 'queued'"
 
 
 class Wanted(NamedTuple):
@@ -46,23 +59,31 @@ def start_of_newest(db: Database, wanted: Wanted, count: int) -> int:
 
 
 def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> Iterator[sqlite3.Row]:
-    """One query a state and name, each along an index in the order of ids: a few among millions cost the same."""
-    where: dict[str, object] = {
-        "job.id > ?": _after(db, wanted),
-        "job.id < ?": wanted.before,
-        "job.finished_at > ?": wanted.ended_after,
-    }
-    state, name = "job.state = ?", "job.name = ?"
-    if wanted.cause is not None or wanted.worker is not None:  # which admit fewer: let no other index be taken
-        where |= {"job.cause = ?": wanted.cause, "job.worker = (SELECT id FROM worker WHERE name = ?)": wanted.worker}
-        state, name = f"+{state}", f"+{name}"
-    cursors, names = [], _names(db, wanted)
-    for one_state in wanted.states or (None,):
-        for one_name in names:
-            conditions = {**where, state: one_state, name: one_name}
-            conditions = {condition: value for condition, value in conditions.items() if value is not None}
-            sql = f"{select} WHERE {' AND '.join(conditions)} ORDER BY job.id {order} LIMIT ?"
-            cursors.append(db.execute(sql, [*conditions.values(), limit]))
+    """One query a state and name, each along an index in the order of ids: a few among millions cost the same.
+
+    Only what a worker had, or what follows a job, is looked through for a part of a name.
+    """
+    by_cause, by_worker, cursors = wanted.cause is not None, wanted.worker is not None, []
+    names, after = (wanted.name,) if by_cause or by_worker else _names(db, wanted), _after(db, wanted)
+    for state in OF_WORKERS if by_worker and not wanted.states else wanted.states or (None,):
+        # A plus keeps a column from its index, where another admits fewer; those of what has ended say that it has.
+        ended = "job.finished_at IS NOT NULL AND " if state in FINAL_STATES else ""
+        is_few = by_cause or state in ACTIVE_STATES
+        for name in names:
+            where = {
+                "job.id > ?": max(after, _before_queued(db)) if state == "queued" else after,
+                "job.id < ?": wanted.before,
+                "job.finished_at > ?": wanted.ended_after,
+                "job.cause = ?": wanted.cause,
+                f"{'+' * by_cause}job.worker = ({FIND_WORKER})": wanted.worker,
+                f"{ended}{'+' * by_cause}job.state = ?": state,
+                f"{'+' * is_few}job.name = ?": name,
+                "instr(lower(job.name), lower(?))": wanted.q if by_cause or by_worker else None,
+            }
+            where = {condition: value for condition, value in where.items() if value is not None}
+            sql = f"{select} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
+            if state != "queued" or not by_worker:  # which has none that are queued
+                cursors.append(db.execute(sql, [*where.values(), limit]))
     return islice(merge(*cursors, key=lambda row: row["id"], reverse=order == "DESC"), limit)
 
 
@@ -77,6 +98,11 @@ def _after(db: Database, wanted: Wanted) -> int:
     if wanted.ended_after is not None and not wanted.after:
         return int(db.one(FIRST_ENDED_AFTER, wanted.ended_after)[0] or MAX_JOB_ID) - 1
     return wanted.after
+
+
+def _before_queued(db: Database) -> int:
+    """The id after which the queued jobs come: few of a name's oldest jobs still are."""
+    return int(db.one(FIRST_QUEUED)[0] or MAX_JOB_ID) - 1
 
 
 def last_id(db: Database) -> int:

@@ -31,9 +31,9 @@ CREATE INDEX job_delayed ON job (not_before) WHERE not_before IS NOT NULL;
 CREATE INDEX job_state ON job (state, id);
 CREATE INDEX job_name ON job (name, id);
 CREATE INDEX job_finished ON job (finished_at) WHERE finished_at IS NOT NULL;
-CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
+CREATE INDEX job_ended ON job (name, state, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
-CREATE INDEX job_worker ON job (worker, id) WHERE worker IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, state, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 
 CREATE TABLE request (
@@ -94,9 +94,9 @@ ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE job ADD COLUMN cause INTEGER;
 ALTER TABLE job ADD COLUMN due_at REAL;
 ALTER TABLE job ADD COLUMN variables TEXT;
-CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
+CREATE INDEX job_ended ON job (name, state, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
-CREATE INDEX job_worker ON job (worker, id) WHERE worker IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, state, id) WHERE finished_at IS NOT NULL;
 CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 CREATE TABLE schedule (
     name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,

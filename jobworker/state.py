@@ -122,7 +122,8 @@ KEEP_HELD = "UPDATE worker SET held = ? WHERE id = ?"
 FORGET_WORKER = "UPDATE worker SET expected = 0 WHERE id = ? AND NOT connected"
 LOG_STATE = "SELECT log_bytes, reading FROM job WHERE id = ? AND attempt = ? AND worker = ? AND state = 'running'"
 NEWEST_JOB = "SELECT max(id) FROM job WHERE name = ?"
-NEWEST_SUCCESS = "SELECT max(id) FROM job INDEXED BY job_success WHERE state = 'success' AND name = ?"
+NEWEST_SUCCESS = """SELECT max(id) FROM job INDEXED BY job_ended
+    WHERE finished_at IS NOT NULL AND state = 'success' AND name = ?"""
 OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"

@@ -1,9 +1,10 @@
 """The plans that SQLite makes of state.py's statements: none that runs on a hot path may walk the jobs there are."""
 
+import contextlib
 import random
 import re
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ class TestQueryPlans:
         if before:
             lists.start_of_newest(db, wanted, 50)
         database.set_trace_callback(None)
-        assert statements
+        assert statements or (states, wishes.get("worker")) == (("queued",), "w")  # there are none
         for sql in statements:
             steps = self.plan(database, sql)
             assert any(step.startswith("SEARCH job") for step in steps)
@@ -84,14 +85,49 @@ class TestQueryPlans:
         db = store._open(":memory:", random.Random())
         db.begin()
         state.add(db, [state.NewJob(name) for name in ("a", "b")] * (queued // 2), 0.0)
-        steps = 0
-
-        def count() -> int:
-            nonlocal steps
-            steps += 1
-            return 0
-
-        db.connection.set_progress_handler(count, 1)
-        assert len(state.claim(db, [state.FreeSlots(1, 4, frozenset({"a", "b"}))], {})) == 4
+        with counted_steps(db) as steps:
+            assert len(state.claim(db, [state.FreeSlots(1, 4, frozenset({"a", "b"}))], {})) == 4
         db.connection.close()
-        return steps
+        return len(steps)
+
+    @pytest.mark.parametrize(
+        "look",
+        [
+            lambda db: lists.page(db, lists.Wanted(("failure",), name="common"), 50),
+            lambda db: lists.page(db, lists.Wanted(("failure",), q="omm"), 50),
+            lambda db: lists.page(db, lists.Wanted(("failure", "cancelled"), worker="busy"), 50),
+            lambda db: lists.page(db, lists.Wanted(("running",), worker="busy", name="common"), 50),
+            lambda db: lists.page(db, lists.Wanted(("running",), name="common"), 50),
+            lambda db: lists.page(db, lists.Wanted(("queued",), name="common"), 50),
+            lambda db: lists.page(db, lists.Wanted(("queued",), worker="busy"), 50),
+            lambda db: lists.start_of_newest(db, lists.Wanted(("failure",), name="common", before=10**6), 50),
+            lambda db: lists.start_of_newest(db, lists.Wanted(worker="idle", before=10**6), 50),
+            lambda db: db.execute(state.ACTIVE_OF_WORKER, (1,)).fetchall(),
+            lambda db: db.one(state.NEWEST_SUCCESS, "rare"),
+        ],
+    )  # fmt: skip
+    def test_a_few_among_many_cost_what_they_cost_among_few(self, look: Callable[[state.Database], Any]) -> None:
+        """Where all jobs that there are have one name, one worker, and succeeded."""
+        assert self.steps_beside(20_000, look) < self.steps_beside(200, look) * 1.5 + 100
+
+    def steps_beside(self, finished: int, look: Callable[[state.Database], Any]) -> int:
+        db = store._open(":memory:", random.Random())
+        db.begin()
+        db.connection.executemany("INSERT INTO worker (id, name) VALUES (?, ?)", [(1, "busy"), (2, "idle")])
+        row = "INSERT INTO job (name, state, worker, attempt, created_at, finished_at) VALUES (?, ?, ?, 1, 1, ?)"
+        db.connection.executemany(row, [("common", "success", 1, 2.0)] * finished)
+        db.connection.executemany(row, [("common", "failure", 2, 2.0), ("common", "running", 1, None)])
+        db.connection.execute("INSERT INTO job (name, state, created_at) VALUES ('common', 'queued', 1)")
+        with counted_steps(db) as steps:
+            look(db)
+        db.connection.close()
+        return len(steps)
+
+
+@contextlib.contextmanager
+def counted_steps(db: state.Database) -> Iterator[list[None]]:
+    """Give a list that gets an item for each step of SQLite's virtual machine."""
+    steps: list[None] = []
+    db.connection.set_progress_handler(lambda: steps.append(None), 1)
+    yield steps
+    db.connection.set_progress_handler(None, 1)
