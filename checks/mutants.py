@@ -310,10 +310,10 @@ MUTANTS = (
         "offers by free slots",
         "jobworker/state.py",
         "most_free_slots",
-        "(-free, db.chance.random(),",
-        "(free, db.chance.random(),",
+        "(-offer.free, db.chance.random(),",
+        "(offer.free, db.chance.random(),",
     ),
-    Mutant("offers by chance", "jobworker/state.py", "chance_decides", "(-free, db.chance.random(),", "(-free, 0.0,"),
+    Mutant("offers by chance", "jobworker/state.py", "chance_decides", "free, db.chance.random(),", "free, 0.0,"),
     Mutant("tags", "jobworker/config.py", "tags_allow", "if set(job.tags) <= set(tags)", "if True"),
     Mutant("grace", "server.py", "within_its_grace or Promise03", "0 if leaves else self.grace", "0"),
     Mutant(

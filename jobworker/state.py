@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -465,25 +465,27 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: Mapping[str, int]) 
     with the most free slots gets it; among equals, chance decides. Returns the claimed, highest priority first, then
     oldest; fewer than there are slots, or none, where no more may run.
     """
-    ready = []
-    slots: Counter[frozenset[str]] = Counter()
-    for offer in offers:
-        slots[offer.names] += offer.free
-    for (name,) in db.execute(QUEUED_NAMES).fetchall():
+    queued, ready = db.execute(QUEUED_NAMES).fetchall(), []
+    # A heap for each set of names: thousands of jobs and workers would make too many pairs.
+    heaps: defaultdict[frozenset[str], list[tuple[int, float, int]]] = defaultdict(list)
+    for offer in offers if queued else ():
+        heaps[offer.names].append((-offer.free, db.chance.random(), offer.worker))
+    slots = {names: -sum(minus_free for minus_free, *_ in heap) for names, heap in heaps.items()}
+    for (name,) in queued:
         room = sum(free for names, free in slots.items() if name in names)
         if name in limits:
             room = min(room, limits[name] - db.one(COUNT_ACTIVE, name)[0])
         if room > 0:
             ready += db.execute(READY_JOBS, (name, room)).fetchall()
     ready.sort(key=lambda job: (-job["priority"], job["id"]))
-    return list(_hand_to_workers(db, ready, offers)) if ready else []
+    return list(_hand_to_workers(db, ready, heaps)) if ready else []
 
 
-def _hand_to_workers(db: Database, ready: list[sqlite3.Row], offers: Sequence[FreeSlots]) -> Iterator[Claimed]:
-    # A heap for each set of names: thousands of jobs and workers would make too many pairs.
-    heaps: dict[frozenset[str], list[tuple[int, float, int]]] = {}
-    for worker, free, names, *_ in offers:
-        heappush(heaps.setdefault(names, []), (-free, db.chance.random(), worker))
+def _hand_to_workers(
+    db: Database, ready: list[sqlite3.Row], heaps: Mapping[frozenset[str], list[tuple[int, float, int]]]
+) -> Iterator[Claimed]:
+    for heap in heaps.values():
+        heapify(heap)
     for job in ready:
         takers = [heap for names, heap in heaps.items() if heap and job["name"] in names]
         if not takers:
