@@ -273,11 +273,11 @@ class Api:
         deadline = time.monotonic() + wait
         while True:
             row: sqlite3.Row
-            row, changed = self.do(state.get_and_watch, job, wait > 0)
-            if changed is None:
+            row, ended = self.do(state.get_and_watch, job, True) if wait else (self.do(state.get, job), None)
+            if ended is None:
                 return row
-            while not changed.done() and wait:
-                request.wait_for(changed, min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
+            while not ended.done() and wait:
+                request.wait_for(ended, min(max(deadline - time.monotonic(), 0), CALLER_CHECK_SECONDS))
                 if time.monotonic() >= deadline or request.caller_is_gone():
                     wait = 0
 
@@ -307,7 +307,7 @@ class Api:
 
     def follow(self, request: Request, job: int, attempt: int, offset: int) -> Iterator[bytes]:
         while True:
-            row, changed = self.do(state.get_and_watch, job, True)
+            row, changed = self.do(state.get_and_watch, job, False)
             attempt = attempt or row["attempt"]
             offset = yield from self.read_log(job, attempt, offset)
             if changed is None or row["attempt"] > attempt:

@@ -286,7 +286,8 @@ class Database:
         self.ready = False
         self.notes = Notes(self.last_id, {}, False)
         self.totals, self.past = Totals(), Past()
-        self.watchers: dict[int, Future[None]] = {}
+        self.watchers: dict[int, Future[None]] = {}  # by job, for its next change
+        self.enders: dict[int, Future[None]] = {}  # by job, for its end
         self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
         self.untold_jobs: set[int] = set()
         self.untold_workers: set[int] = set()
@@ -296,10 +297,6 @@ class Database:
 
     def one(self, sql: str, *parameters: Any) -> Any:
         return self.connection.execute(sql, parameters).fetchone()
-
-    def watch(self, job: int) -> "Future[None]":
-        """Give the future that is done when the job has next changed: one for all who wait for it."""
-        return self.watchers.setdefault(job, Future())
 
     def begin(self) -> None:
         self.notes = Notes(self.last_id, self.slots.copy(), self.ready)
@@ -701,15 +698,16 @@ def get_many(db: Database, jobs: Iterable[int]) -> list[sqlite3.Row]:
     return [row for job in sorted(jobs) if (row := db.one(GET_JOB, job))]
 
 
-def get_and_watch(db: Database, job: int, watch: bool) -> tuple[sqlite3.Row, "Future[None] | None"] | Refusal:
-    """A job's row, and a future that is done when it has next changed: None where it is final, or no `watch` asked for.
+def get_and_watch(db: Database, job: int, its_end: bool) -> tuple[sqlite3.Row, "Future[None] | None"] | Refusal:
+    """A job's row, and a future that is done when it has next changed, or has ended; None where it is final.
 
-    Refused as unknown.
+    There is one for all who wait. Refused as unknown.
     """
     row = get(db, job)
     if isinstance(row, Refusal):
         return row
-    return row, db.watch(job) if watch and row["state"] not in FINAL_STATES else None
+    watched = db.enders if its_end else db.watchers
+    return row, watched.setdefault(job, Future()) if row["state"] not in FINAL_STATES else None
 
 
 def attempts(db: Database, job: int) -> list[sqlite3.Row]:

@@ -230,6 +230,9 @@ class Store:
                 request.future.set_result(result)
         for job in notes.jobs & self._database.watchers.keys():
             self._database.watchers.pop(job).set_result(None)
+        for end in notes.finished:
+            if waiting := self._database.enders.pop(end.id, None):
+                waiting.set_result(None)
 
     def _tell_loop(self, commit: Commit) -> None:
         if self._deliver and any(commit):

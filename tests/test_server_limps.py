@@ -272,7 +272,7 @@ class TestGroups:
     def test_a_refusal_does_not_undo_its_group(self, store: Store) -> None:
         said: list[str] = []
         store._database.connection.set_trace_callback(said.append)
-        missing = [store.do(state.get_and_watch, 7, True), store.do(state.cancel, 7, 1.0), store.do(state.get, 7)]
+        missing = [store.do(state.get_and_watch, 7, False), store.do(state.cancel, 7, 1.0), store.do(state.get, 7)]
         added = store.do(state.add, [state.NewJob("a")], 1.0)
         store.commit_waiting()
         assert [future.result(0).kind for future in missing] == ["unknown"] * 3
@@ -287,12 +287,14 @@ class TestGroups:
         store.do(state.add, [state.NewJob("a")], 1.0)
         store.commit_waiting()
         for _ in range(100):
+            store.do(state.get_and_watch, 1, False)
             store.do(state.get_and_watch, 1, True)
         store.commit_waiting()
-        assert len(store._database.watchers) == 1
+        assert [len(store._database.watchers), len(store._database.enders)] == [1, 1]
         store.do(state.cancel, 1, 1.0)
         store.commit_waiting()
         assert not store._database.watchers
+        assert not store._database.enders
         store.close()
 
 
