@@ -21,7 +21,6 @@ import signal
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,7 +104,7 @@ def write_without_waiting(socket: ServerConnection, frame: bytes) -> None:
         socket.transport.abort()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class ConnectedWorker:
     """A worker's connection. `jobs` holds what it was sent and has not finished: attempt by job id."""
 
@@ -116,7 +115,7 @@ class ConnectedWorker:
     id: int = 0
     jobs: dict[int, int] = field(default_factory=dict)
     configs: Configs | None = None  # those it was sent
-    _claimed: deque[bytes] = field(default_factory=deque)  # frames that wait until it has read others
+    _claimed: list[bytes] = field(default_factory=list)  # frames that wait until it has read others
 
     @property
     def name(self) -> str:
@@ -161,7 +160,7 @@ class ConnectedWorker:
     def send_claimed(self) -> None:
         """Write what waits, up to UNSENT_BYTES. A job that is cancelled meanwhile goes out, and gets no Go."""
         while self._claimed and self.socket.transport.get_write_buffer_size() < UNSENT_BYTES:
-            self.write(self.socket, self._claimed.popleft())
+            self.write(self.socket, self._claimed.pop(0))
 
     def forget_claimed(self) -> None:
         """What waits was claimed before the store settled what this worker holds: it is queued again."""
