@@ -164,7 +164,8 @@ class Promises(Commits):
 
     def _may_be_pruned(self, job: int, rows: dict[int, sqlite3.Row]) -> bool:
         """Whether a job ended long enough ago, and a newer one of its name is there, as is one that succeeded."""
-        if not self.world.keep or self.world.now() - self.ended.get(job, self.world.now()) < self.world.keep:
+        age = self.world.now() - self.ended.get(job, self.world.now())  # since the commit of its end
+        if not self.world.keep or age < self.world.keep - COMMIT_SECONDS:
             return False
         self.world.count("pruned")
         if self.names[job] == "leaves":  # of what jobs.yaml has no more nothing stays
