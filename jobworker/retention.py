@@ -9,8 +9,8 @@ FREE_PAGES_LIMIT = 300  # as many as those logs leave
 
 LAST_MOMENT = "SELECT max((SELECT created_at FROM job ORDER BY id DESC LIMIT 1), (SELECT max(finished_at) FROM job))"
 OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at LIMIT ?"
-LOG_BYTES = "SELECT total(length(data)) FROM log WHERE job = ?"
-DELETE_LOG = "DELETE FROM log WHERE job = ?"
+OLDEST_LOG = "SELECT attempt, total(length(data)) FROM log WHERE job = ? GROUP BY attempt LIMIT 1"
+DELETE_LOG = "DELETE FROM log WHERE job = ? AND attempt = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
@@ -27,21 +27,24 @@ def last_moment(db: Database) -> float | None:
 def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
     """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
 
-    Fewer, but one at least, where their logs are large: whoever commits meanwhile waits. 0: there are none left.
-    Of each of the names the newest job and the newest success stay: when did it last succeed?
+    Fewer where their logs are large, the last perhaps only in part: whoever commits meanwhile waits. 0: there are none
+    left. Of each of the names the newest job and the newest success stay: when did it last succeed?
     """
     kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
     rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
     rows = [row for row in rows if row["id"] not in kept][:limit]
-    count, log_bytes = 0, 0.0
+    count, freed = 0, 0.0
     for job, state in rows:
-        count += 1
-        log_bytes += db.one(LOG_BYTES, job)[0]
-        for statement in (DELETE_LOG, DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
-            db.execute(statement, (job,))
-        db.notes.moved[state] -= 1
-        if log_bytes >= PRUNED_BYTES:
+        if freed >= PRUNED_BYTES:
             break
+        count += 1
+        while freed < PRUNED_BYTES and (log := db.one(OLDEST_LOG, job)):
+            db.execute(DELETE_LOG, (job, log[0]))
+            freed += log[1]
+        if not db.one(OLDEST_LOG, job):
+            for statement in (DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
+                db.execute(statement, (job,))
+            db.notes.moved[state] -= 1
     for _ in range(min(db.one(COUNT_FREE_PAGES)[0], FREE_PAGES_LIMIT)):
         db.execute(FREE_PAGE)
     return count

@@ -41,6 +41,17 @@ class TestPruning:
         counts = [store.do(retention.prune, 3.0, ["once"], 50).result() for _ in range(5)]
         assert counts == [1, 1, 1, 1, 0]
 
+    def test_of_a_job_with_many_logs_few_go_at_a_time(self, store: Store) -> None:
+        worker = running(store, 1)
+        rows = [(attempt, bytes(300_000)) for attempt in range(1, 41)]
+        store.do(lambda db: db.connection.executemany("INSERT INTO log VALUES (1, ?, 0, ?)", rows)).result()
+        store.do(state.succeed, worker, 1, 1, 2.0, RULES).result()
+        left = [40]
+        while store.do(retention.prune, 3.0, [], 50).result():
+            left.append(store.do(lambda db: db.one("SELECT count(*) FROM log")[0]).result())
+        assert left == list(range(40, -1, -4))
+        assert store.do(state.get_many, [1]).result() == []
+
     def test_a_log_that_is_deleted_is_not_written_once_more(self, store: Store) -> None:
         fast = 2  # overwrites only what is written anyway
         assert store.do(lambda db: db.one("PRAGMA secure_delete")[0]).result() == fast
