@@ -15,6 +15,7 @@ from jobworker.state import (
     JOB_WITH_WORKER,
     MAX_JOB_ID,
     NEWEST_JOB,
+    STATES,
     Database,
     cancel,
 )
@@ -23,8 +24,8 @@ PAGE_CHARACTERS = 32 * 1024  # of environment, which a reader that does not read
 
 NAMES_WITH = f"{ALL_NAMES} AND instr(lower(name), lower(?))"
 RECENT_STATES = "SELECT state FROM job WHERE name = ? ORDER BY id DESC LIMIT 10"
-FIRST_ENDED_AFTER = "SELECT min(id) FROM job WHERE finished_at > ?"
-OF_WORKERS = ACTIVE_STATES + FINAL_STATES
+# Left to itself, SQLite's planner looks for the least id among all jobs.
+FIRST_ENDED_AFTER = "SELECT min(id) FROM job INDEXED BY job_finished WHERE finished_at > ?"
 FIRST_QUEUED = "SELECT min(id) FROM job WHERE state = 'queued'"
 
 
@@ -65,7 +66,7 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
     """
     by_cause, by_worker, cursors = wanted.cause is not None, wanted.worker is not None, []
     names, after = (wanted.name,) if by_cause or by_worker else _names(db, wanted), _after(db, wanted)
-    for state in OF_WORKERS if by_worker and not wanted.states else wanted.states or (None,):
+    for state in _states(wanted):
         # A plus keeps a column from its index, where another admits fewer; those of what has ended say that it has.
         ended = "job.finished_at IS NOT NULL AND " if state in FINAL_STATES else ""
         is_few = by_cause or state in ACTIVE_STATES
@@ -82,9 +83,18 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
             }
             where = {condition: value for condition, value in where.items() if value is not None}
             sql = f"{select} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?"
-            if state != "queued" or not by_worker:  # which has none that are queued
-                cursors.append(db.execute(sql, [*where.values(), limit]))
+            cursors.append(db.execute(sql, [*where.values(), limit]))
     return islice(merge(*cursors, key=lambda row: row["id"], reverse=order == "DESC"), limit)
+
+
+def _states(wanted: Wanted) -> Sequence[str | None]:
+    """The states to look for, without those in which no job can have what is wanted. None is any."""
+    possible: Sequence[str] = STATES if wanted.worker is None else ACTIVE_STATES + FINAL_STATES
+    if wanted.ended_after is not None:
+        possible = FINAL_STATES
+    if possible == STATES and not wanted.states:
+        return (None,)
+    return [state for state in wanted.states or possible if state in possible]
 
 
 def _names(db: Database, wanted: Wanted) -> Sequence[str | None]:

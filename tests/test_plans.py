@@ -99,6 +99,8 @@ class TestQueryPlans:
             lambda db: lists.page(db, lists.Wanted(("running",), worker="busy", name="common"), 50),
             lambda db: lists.page(db, lists.Wanted(("running",), name="common"), 50),
             lambda db: lists.page(db, lists.Wanted(("queued",), name="common"), 50),
+            lambda db: lists.page(db, lists.Wanted(("failure",), ended_after=2.0), 50),
+            lambda db: lists.start_of_newest(db, lists.Wanted(q="c", ended_after=2.0, before=10**6), 50),
             lambda db: lists.page(db, lists.Wanted(("queued",), worker="busy"), 50),
             lambda db: lists.start_of_newest(db, lists.Wanted(("failure",), name="common", before=10**6), 50),
             lambda db: lists.start_of_newest(db, lists.Wanted(worker="idle", before=10**6), 50),
@@ -116,7 +118,7 @@ class TestQueryPlans:
         db.connection.executemany("INSERT INTO worker (id, name) VALUES (?, ?)", [(1, "busy"), (2, "idle")])
         row = "INSERT INTO job (name, state, worker, attempt, created_at, finished_at) VALUES (?, ?, ?, 1, 1, ?)"
         db.connection.executemany(row, [("common", "success", 1, 2.0)] * finished)
-        db.connection.executemany(row, [("common", "failure", 2, 2.0), ("common", "running", 1, None)])
+        db.connection.executemany(row, [("common", "failure", 2, 3.0), ("common", "running", 1, None)])
         db.connection.execute("INSERT INTO job (name, state, created_at) VALUES ('common', 'queued', 1)")
         with counted_steps(db) as steps:
             look(db)
