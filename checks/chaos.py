@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from limps import Docker, Ground, Limps, OwnEngine, Probe, Torment, own_engine
-from verdict import FINAL, GRACE_SECONDS, KINDS, UNASKED, Evidence, judge, prompt_share, within
+from verdict import FINAL, GRACE_SECONDS, KINDS, UNASKED, UNKNOWN_CODE, Evidence, judge, prompt_share, within
 
 ROOT = Path(__file__).resolve().parent.parent
 CALM_SECONDS = (
@@ -392,7 +392,8 @@ class World:
             elif action == "die":
                 evidence.deaths[key] = (at, int(code[0]))
             elif action == "found-ended":
-                evidence.deaths.setdefault(key, (at, int(code[0])))
+                if key not in evidence.deaths or evidence.deaths[key][1] == UNKNOWN_CODE:
+                    evidence.deaths[key] = (at, int(code[0]))
                 if within(at, evidence.without_engine):
                     evidence.unheard.add(key)
 
