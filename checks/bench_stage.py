@@ -146,6 +146,19 @@ def cpu_seconds(pid: int) -> float:
     return time.clock_gettime(~pid << 3 | 2)  # as clock_getcpuclockid(3) makes it of a process
 
 
+EMPTY_DOCKER = """\
+#include <stdio.h>
+#include <string.h>
+int main(int count, char **words) {
+    if (count > 1 && strcmp(words[1], "rm") == 0)
+        while (--count > 1)
+            if (*words[count] != '-')
+                puts(words[count]);
+    return 0;
+}
+"""
+
+
 class Bench:
     """What all rows share: how long to measure, a folder, and what has to be ended at a row's end."""
 
@@ -175,9 +188,9 @@ class Bench:
 
     @functools.cached_property
     def empty_docker(self) -> str:
-        """A `docker` that does nothing: a static program where there is a C compiler."""
+        """A `docker` that does nothing but name what it removes: a static program where there is a C compiler."""
         source, program = self.folder / "docker.c", self.folder / "docker"
-        source.write_text("int main(void) { return 0; }\n")
+        source.write_text(EMPTY_DOCKER)
         command = ["cc", "-O2", "-static", "-o", str(program), str(source)]
         if shutil.which("cc") is None or subprocess.run(command, capture_output=True, check=False).returncode:
             print("No C compiler makes a static program here: `true` is the empty docker.", file=sys.stderr)
