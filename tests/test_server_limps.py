@@ -175,6 +175,15 @@ class TestMemory:
             assert configs.names_for((str(number),), 2) == {"a"}
         assert len(configs._names) <= 1_000
 
+    def test_they_are_told_from_others_though_another_thread_forgets_them_meanwhile(self) -> None:
+        class Forgetful(dict[Any, frozenset[str]]):
+            def __setitem__(self, *_: object) -> None:
+                """As if another thread had emptied it right after that."""
+
+        configs = Configs([JobConfig("a", "busybox")])
+        configs._names = Forgetful()
+        assert configs.names_for(("t",), 2) == {"a"}
+
 
 class TestHealth:
     def test_a_disk_that_stalls_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
