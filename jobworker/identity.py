@@ -36,8 +36,8 @@ def hold_name(name: str | None) -> tuple[str, int]:
 
 def open_own_folder(path: Path) -> int:
     """Give a file descriptor of a folder that nobody else can write to. Raises OptionError where it is another's."""
-    path.mkdir(mode=0o700, exist_ok=True)
     try:
+        path.mkdir(mode=0o700, exist_ok=True)
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise OptionError(f"{path} must be a folder: {error}; remove it, or set TMPDIR") from error

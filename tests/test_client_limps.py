@@ -335,12 +335,16 @@ class TestLimits:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
-    @pytest.mark.parametrize("trap", ["link", "open", "another's"])
+    @pytest.mark.parametrize("trap", ["link", "link to nowhere", "file", "open", "another's"])
     def test_a_folder_for_locks_that_others_can_write_to_is_refused(self, tmp_path: Path, trap: str) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"
         if trap == "link":
             (tmp_path / "elsewhere").mkdir(mode=0o700)
             folder.symlink_to("elsewhere")
+        elif trap == "link to nowhere":
+            folder.symlink_to("nowhere")
+        elif trap == "file":
+            folder.touch()
         elif trap == "open":
             folder.mkdir()
             folder.chmod(0o777)
