@@ -716,7 +716,7 @@ def real_world(options: argparse.Namespace) -> World:
     async def end(words: set[str]) -> None:
         try:
             await asyncio.to_thread(end_commands, words)
-        except RuntimeError as error:  # no more threads
+        except (OSError, RuntimeError) as error:  # no more files, no more threads
             raise NotStarted(*error.args) from error
 
     return World(dial, Engine(DockerCommand(options.docker), read_clocks()), end, random.Random())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import os
 import resource
 import signal
@@ -13,8 +15,10 @@ from typing import Any
 
 import pytest
 
+import client
 import protocol
 from jobworker.cleaner import GATHER_SECONDS
+from jobworker.container import NotStarted
 from tests.peers import ScriptedServer
 from tests.stage import ROOT, Program, Server, Stage, Worker, meanwhile, until
 
@@ -202,6 +206,22 @@ class TestNoCommand(WithAJob):
         away.rename(docker)
         assert server.ended(job)["success"]
         assert worker.process.poll() is None
+
+    def test_commands_that_can_not_be_looked_for_do_not_end_the_worker(self) -> None:
+        """To look into /proc takes a descriptor, too."""
+        options = argparse.Namespace(docker="docker", uri="ws://nowhere/runner", token=None)
+
+        async def look() -> None:
+            world = client.real_world(options)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                with pytest.raises(NotStarted):
+                    await world.end_commands({"no such word"})
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        asyncio.run(look())
 
 
 class TestRemoval:
