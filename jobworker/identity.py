@@ -1,5 +1,6 @@
 """Who a worker is: a name that no other worker on this host has, held by the lock of a file."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -18,6 +19,8 @@ def hold_name(name: str | None) -> tuple[str, int]:
     Raises OptionError where the given name is in use.
     """
     folder = open_own_folder(Path(tempfile.gettempdir()) / f"jobworker-{os.getuid()}")
+    with contextlib.suppress(OSError):  # where systemd deletes what is old, it leaves out a folder that is locked
+        fcntl.flock(folder, fcntl.LOCK_SH)
     host = socket.gethostname()
     for candidate in [name] if name else (f"{host}-{number}" for number in range(1, 10_000)):
         lock = f"{quote(candidate, safe='')}.lock"

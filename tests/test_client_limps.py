@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import os
 import resource
 import signal
@@ -378,6 +379,16 @@ class TestLimits:
         ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=10)
         assert ended.returncode == 2
         assert "set TMPDIR" in ended.stderr
+
+    def test_the_folder_for_locks_has_a_lock_while_it_is_in_use(self, stage: Stage) -> None:
+        """Else systemd deletes what is old there, locks that are held included."""
+        stage.worker(stage.server())
+        folder = os.open(stage.folder / f"jobworker-{os.getuid()}", os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(folder)
 
     def test_a_link_in_the_place_of_a_lock_is_not_followed(self, tmp_path: Path) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"
