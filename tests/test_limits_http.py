@@ -113,6 +113,14 @@ class TestCallers:
         with crowd(server, head(b"GET " + path.encode())):
             serves(server)
 
+    def test_a_crowd_without_descriptors_holds_up_nobody(self, stage: Stage) -> None:
+        """Where the system gives fewer than the cap of connections needs."""
+        server = stage.server("--hold")
+        most = descriptors(server) + 50
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (most, most))
+        with crowd(server, b"", 100):
+            serves(server)
+
     def test_a_crowd_that_hung_up_leaves_nothing(self, stage: Stage) -> None:
         server = stage.server("--hold")
         before = threads(server)
