@@ -297,7 +297,7 @@ def _kind(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode) and not node.style and _NUMBER_IN_YAML_1_2.fullmatch(node.value):
         return "float"
     kind = node.tag.rpartition(":")[2]
-    return "str" if kind in ("merge", "value") else kind
+    return kind if kind in ("null", "bool", "int", "float", "timestamp", "seq", "map") else "str"
 
 
 # Gives what a JobConfig holds for one value of the file, or raises ConfigError with all that is wrong in it.
