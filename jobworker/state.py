@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from heapq import heappop, heappush
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 from jobworker.ends import End
 from jobworker.past import Past
@@ -285,7 +286,7 @@ class Database:
         self.ready = False
         self.notes = Notes(self.last_id, {}, False)
         self.totals, self.past = Totals(), Past()
-        self.watchers: dict[int, Future[None]] = {}
+        self.watchers: WeakValueDictionary[int, Future[None]] = WeakValueDictionary()  # each goes with who waits
         self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
         self.untold_jobs: set[int] = set()
         self.untold_workers: set[int] = set()

@@ -228,8 +228,10 @@ class Store:
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
                 request.future.set_result(result)
-        for job in notes.jobs & self._database.watchers.keys():
-            self._database.watchers.pop(job).set_result(None)
+        watchers = self._database.watchers
+        for job in notes.jobs if watchers else ():
+            if watcher := watchers.pop(job, None):
+                watcher.set_result(None)
 
     def _tell_loop(self, commit: Commit) -> None:
         if self._deliver and any(commit):

@@ -295,12 +295,16 @@ class TestGroups:
     def test_waits_that_end_leave_nothing(self, store: Store) -> None:
         store.do(state.add, [state.NewJob("a")], 1.0)
         store.commit_waiting()
-        for _ in range(100):
-            store.do(state.get_and_watch, 1, True)
+        waits = [store.do(state.get_and_watch, 1, True) for _ in range(100)]
         store.commit_waiting()
-        assert len(store._database.watchers) == 1
+        [watcher] = {wait.result(0)[1] for wait in waits}
+        assert list(store._database.watchers.values()) == [watcher]
+        del waits, watcher
+        assert not store._database.watchers  # though the job has not changed
+        wait = store.do(state.get_and_watch, 1, True)
         store.do(state.cancel, 1, 1.0)
         store.commit_waiting()
+        assert wait.result(0)[1].done()
         assert not store._database.watchers
         store.close()
 
