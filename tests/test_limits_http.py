@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import protocol
 from jobworker import api, message, web
 from jobworker.message import Response
 from jobworker.options import UNSENT_BYTES
@@ -165,6 +166,26 @@ class TestReaders:
             assert server.http("POST", "/api/jobs", jobs).status == 200
         with crowd(server, head(b"GET /api/jobs" + query.encode()), 300):
             serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_those_who_listen_and_do_not_read_cost_no_memory(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        jobs = [{"name": "sh", "environment": {"SCRIPT": "x" * 30_000}}] * 200
+        with crowd(server, head(b"GET /api/events"), 300):
+            assert server.http("POST", "/api/jobs", jobs, 60).status == 200
+            serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_those_who_ask_for_a_log_and_do_not_read_cost_no_memory(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        job = server.post("quick")
+        with ScriptedWorker(server, "chatty") as worker:
+            worker.runs()
+            for number in range(16):
+                worker.send(protocol.Log(job, 1, number * 65_536, bytes(65_536)))
+            until(lambda: server.job(job)["log_bytes"] == 16 * 65_536)
+            with crowd(server, head(b"GET /api/jobs/%d/log" % job), 300):
+                serves(server)
         assert peak_kib(server) < MEMORY_KIB
 
     def test_a_reader_that_takes_little_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
