@@ -346,6 +346,33 @@ class TestHandshakes:
             with ScriptedWorker(server, "says-hello"):
                 assert server.knows("says-hello")
 
+    @pytest.mark.parametrize("name", [None, "says-hello"])
+    def test_nor_one_that_has_said_something(self, stage: Stage, name: str | None) -> None:
+        server = stage.server("--hold")
+        job = server.post("quick")
+        before = descriptors(server)
+        with ScriptedWorker(server, name) as worker:
+            if name is None:
+                worker.runs()
+            with crowd(server, HANDSHAKE, MAX_SILENT + 50):
+                until(lambda: descriptors(server) > before + MAX_SILENT)
+                serves(server)
+                if name:
+                    worker.runs()
+                worker.send(protocol.JobSuccess(job, 1 if name else 0))
+                assert server.ended(job)["success"]
+
+    def test_those_that_have_gone_are_not_counted(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with ScriptedWorker(server) as worker:
+            for _ in range(MAX_SILENT + 50):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+                    peer.sendall(HANDSHAKE)
+                    assert peer.recv(100).startswith(b"HTTP/1.1 101 ")
+            until(lambda: len(server.get("/api/workers")) == 1)
+            server.post("quick")
+            worker.runs()
+
     def test_refused_ones_that_do_not_read_leave_nothing(self, guarded: Server) -> None:
         with crowd(guarded, HANDSHAKE):
             serves(guarded, API)
