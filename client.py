@@ -323,7 +323,8 @@ class Worker:
         self.session: Session | None = None
         self.draining = False
         self._done = asyncio.Event()
-        self._numbers = itertools.count(1)
+        # Of attempts that version 1 does not number; not from 1 on, as a worker beside this one does the same.
+        self._numbers = itertools.count(world.chance.randrange(1, 2**30))
 
     async def run(self) -> None:
         """Serve until drained. Raises FatalError."""
@@ -716,7 +717,7 @@ def real_world(options: argparse.Namespace) -> World:
     async def end(words: set[str]) -> None:
         try:
             await asyncio.to_thread(end_commands, words)
-        except RuntimeError as error:  # no more threads
+        except (OSError, RuntimeError) as error:  # no more files, no more threads
             raise NotStarted(*error.args) from error
 
     return World(dial, Engine(DockerCommand(options.docker), read_clocks()), end, random.Random())

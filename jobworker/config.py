@@ -146,12 +146,14 @@ class Configs:
 
     def names_for(self, tags: tuple[str, ...], version: int) -> frozenset[str]:
         """Give the names of the jobs that a worker with these tags may take that speaks this version."""
-        if (tags, version) not in self._names:
+        names = self._names.get((tags, version))
+        if names is None:
             if len(self._names) >= NAMES_LIMIT:
                 self._names.clear()  # tags are what workers say
             jobs = [job for job in self.by_name.values() if version > 1 or self._suits_version_1(job)]
-            self._names[tags, version] = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
-        return self._names[tags, version]
+            names = frozenset(job.name for job in jobs if set(job.tags) <= set(tags))
+            self._names[tags, version] = names
+        return names  # it may be gone from there again: another thread asks, too
 
     def retry_delay(self, name: str, failures: int) -> float | None:
         """Seconds to wait before retrying a job that has failed `failures` times; None when no retries are left."""
@@ -295,7 +297,7 @@ def _kind(node: yaml.Node) -> str:
     if isinstance(node, yaml.ScalarNode) and not node.style and _NUMBER_IN_YAML_1_2.fullmatch(node.value):
         return "float"
     kind = node.tag.rpartition(":")[2]
-    return "str" if kind in ("merge", "value") else kind
+    return kind if kind in ("null", "bool", "int", "float", "timestamp", "seq", "map") else "str"
 
 
 # Gives what a JobConfig holds for one value of the file, or raises ConfigError with all that is wrong in it.

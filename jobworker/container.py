@@ -35,7 +35,9 @@ HALF_REMOVED = ("dead", "removing")  # has ended, and its log can't be read any 
 ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
 # `docker run` did not even reach the engine: nothing has started. Its first words, for a job may write such words, too.
 UNREACHED = re.compile(
-    "(docker: )?(cannot connect to the docker daemon|permission denied while trying to connect)", re.IGNORECASE
+    "(docker: )?(cannot connect to the docker daemon|failed to connect to the docker api"  # since 29
+    "|permission denied while trying to connect)",
+    re.IGNORECASE,
 )
 CONTAINER = re.compile(r"jobworker-[a-zA-Z0-9]*-(\d+)-(\d+)")
 BEGAN = "jobworker.began"  # a label: the boot and the second in which it was started

@@ -49,7 +49,8 @@ def destination(text: str) -> str:
     scheme = before.lower()
     try:
         parts = urlsplit(f"{SCHEMES[scheme]}://{after}")
-        has_place = parts.hostname and parts.port != 0 and (scheme or parts.port or parts.path)
+        host = (parts.hostname or "").encode("idna")  # as the look-up of its address does: it raises UnicodeError
+        has_place = host and parts.port != 0 and (scheme or parts.port or parts.path)
         is_odd = re.search(r"[\s#]", text) or parts.netloc.endswith(":") or parts.path.startswith("//")
     except (KeyError, ValueError):
         has_place, is_odd = None, None

@@ -13,6 +13,7 @@ from jobworker.state import MAX_TICK_JOBS, Tick
 from jobworker.store import Store
 
 HEARTBEAT_SECONDS = 15
+MAX_BATCH_CHARACTERS = 256 * 1024  # of environment, which a listener that does not read keeps in memory
 
 
 class Events:
@@ -58,11 +59,12 @@ class Events:
             return server_sent("reset", {}, ticks[-1].id)
         rows = self._store.do(state.workers, workers).result() if workers else []
         parts = [server_sent("worker", full_worker_json(row, held)) for row, held in rows]
-        if len(jobs) > MAX_TICK_JOBS:
+        too_many = len(jobs) > MAX_TICK_JOBS
+        changed = self._store.do(state.get_many, jobs).result() if jobs and not too_many else []
+        if too_many or sum(len(row["environment"] or "") for row in changed) > MAX_BATCH_CHARACTERS:
             parts.append(server_sent("reset", {}))
         else:
-            rows = self._store.do(state.get_many, jobs).result() if jobs else []
-            parts += [server_sent("job", shown) for shown in self._show(rows)]
+            parts += [server_sent("job", shown) for shown in self._show(changed)]
         return b"".join(parts) + server_sent("stats", ticks[-1].overview, ticks[-1].id)
 
 

@@ -39,6 +39,9 @@ SHELLS = {"sh", "ash", "bash", "dash", "ksh", "zsh"}
 QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
 OPERATOR_IN_TEXT = re.compile(r"&&|\|\|?|<|[12&]?>>?(?:&[12]|[\w./-]*)")
 OPERATOR_IN_LIST = re.compile(r"&&|\|\|?|>>?")
+# What YAML's two readers say, of which one is in C.
+ALIGNED_BADLY = re.compile(r"(did not find )?expected ('-' indicator|key|<block end>|'?<document start>)")
+UNCLOSED = re.compile(r"(?:did not find )?expected ',' or '([]}])'|found unexpected (?:end of stream|document )")
 
 
 def hint_for_key(name: str, names: Collection[str]) -> str:
@@ -82,8 +85,19 @@ def explain_yaml(text: str, error: yaml.MarkedYAMLError) -> tuple[int, int, str]
     if problem.startswith("mapping values are not allowed"):
         return _unexpected_colon(lines, row, column)
     is_start = not line[:column].strip() and line[column : column + 1] not in ("", "]", "}", ",")
-    if is_start and re.match(r"did not find expected ('-' indicator|key)|expected <block end>", problem):
+    if is_start and ALIGNED_BADLY.match(problem):
         return _misaligned(lines, row)
+    if opened := error.context_mark and UNCLOSED.match(problem):
+        begin, sign = error.context_mark, {"]": "[", "}": "{"}.get(opened[1], "quote")
+        if begin.line < row:
+            comma = "" if sign == "quote" else f", or a comma is missing before line {row + 1}"
+            return begin.line + 1, begin.column + 1, f"this {sign} is not closed{comma}"
+    if line[:column].rstrip().endswith(("'", '"')):
+        return (
+            row + 1,
+            column + 1,
+            "what is in quotes ends before this: is a quote above it not closed, or one within it?",
+        )
     reason = ": ".join(filter(None, (error.context, error.problem)))
     if line.lstrip(" ").startswith("\t"):
         reason += "; indent with spaces, not tabs"
@@ -95,6 +109,8 @@ def explain_yaml(text: str, error: yaml.MarkedYAMLError) -> tuple[int, int, str]
 def _no_colon(lines: list[str], row: int) -> tuple[int, int, str]:
     found = re.fullmatch(r"(\s*(?:- +)*)([^\s:]+)(:?)\s*(.*?)\s*", lines[row])
     start, key, colon, rest = found.groups() if found else (lines[row], "KEY", "", "VALUE")
+    if re.match(r"[./~]", key) and "-" not in start:
+        return row + 1, len(start) + 1, f"is a dash missing: did you mean {_show(f'- {lines[row].strip()}')}?"
     wrong = "there is no space after a colon" if colon else "there is no colon"
     return row + 1, len(start) + 1, f"{wrong}: did you mean {_show(f'{key}: {rest}'.strip())}?"
 

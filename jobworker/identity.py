@@ -1,5 +1,6 @@
 """Who a worker is: a name that no other worker on this host has, held by the lock of a file."""
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -18,6 +19,8 @@ def hold_name(name: str | None) -> tuple[str, int]:
     Raises OptionError where the given name is in use.
     """
     folder = open_own_folder(Path(tempfile.gettempdir()) / f"jobworker-{os.getuid()}")
+    with contextlib.suppress(OSError):  # where systemd deletes what is old, it leaves out a folder that is locked
+        fcntl.flock(folder, fcntl.LOCK_SH)
     host = socket.gethostname()
     for candidate in [name] if name else (f"{host}-{number}" for number in range(1, 10_000)):
         lock = f"{quote(candidate, safe='')}.lock"
@@ -36,8 +39,8 @@ def hold_name(name: str | None) -> tuple[str, int]:
 
 def open_own_folder(path: Path) -> int:
     """Give a file descriptor of a folder that nobody else can write to. Raises OptionError where it is another's."""
-    path.mkdir(mode=0o700, exist_ok=True)
     try:
+        path.mkdir(mode=0o700, exist_ok=True)
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
         raise OptionError(f"{path} must be a folder: {error}; remove it, or set TMPDIR") from error

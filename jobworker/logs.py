@@ -4,6 +4,8 @@ from jobworker.state import LOG_STATE, Database
 
 LOG_HEAD_BYTES = 512 * 1024
 LOG_TAIL_BYTES = 512 * 1024
+LOG_PIECE_BYTES = 128 * 1024  # at most in a row, so that what is cut is cut
+LOG_PIECES_BYTES = 64 * 1024  # read at a time: a reader that does not read keeps them in memory
 LOG_ROW_BYTES = 1_000  # a smaller last row takes what follows it, still in its page: a log has 2,100 rows at most
 
 LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
@@ -24,6 +26,9 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
 
     What is there already is not written twice. Past head and tail, the middle goes.
     """
+    if len(data) > LOG_PIECE_BYTES:  # our worker's are shorter
+        append_log(db, worker, job, attempt, offset, data[:LOG_PIECE_BYTES])
+        return append_log(db, worker, job, attempt, offset + LOG_PIECE_BYTES, data[LOG_PIECE_BYTES:])
     row = db.one(LOG_STATE, job, attempt, worker)
     if row is None:
         return None
@@ -70,12 +75,14 @@ def begin_reading(db: Database, worker: int, job: int, attempt: int, number: int
 def read_log(db: Database, job: int, attempt: int, offset: int) -> list[tuple[int, bytes]]:
     """Pieces of an attempt's output from a byte offset on, as (offset, bytes), some at a time; empty at its end."""
     first = db.one(LOG_CHUNK_BEFORE, job, attempt, offset)[0]
-    rows = db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)).fetchall()
-    pieces = []
-    for start_, data in rows:
+    pieces, size = [], 0
+    for start_, data in db.execute(READ_LOG, (job, attempt, -1 if first is None else first - 1)):
         skip = max(offset - start_, 0)
         if skip < len(data):
             pieces.append((start_ + skip, data[skip:]))
+            size += len(data)
+        if size >= LOG_PIECES_BYTES:
+            break
     return pieces
 
 

@@ -31,12 +31,12 @@ def read_states(text: str, known: Sequence[str] = STATES, otherwise: str = "no s
     return states
 
 
-def read_id(text: str) -> int:
+def read_id(text: str, of_that_name: str) -> int:
+    """Read an id. of_that_name: what to say of a text that may be a name, in which {0} stands for it."""
     if not re.fullmatch("[0-9]{1,10}", text):
         detail = f"there is no id {text!r}: ids are numbers"
         if not text.isdecimal() and len(text) <= 128:
-            name = quote(text, safe="")
-            detail += f". To run a job of that name: POST /api/jobs/{name}; its runs: GET /api/jobs?name={name}"
+            detail += of_that_name.format(quote(text, safe=""))
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     return int(text)
 
@@ -74,8 +74,12 @@ def read_event_id(text: str) -> int | None:
 
 
 ID = {"$ref": "#/components/schemas/Id"}
-JOB_ID = Parameter("job", "The job's id.", read_id, ID, place="path", argument="id_", example=1)
-WORKER_ID = Parameter("worker", "The worker's id.", read_id, ID, place="path", argument="id_")
+JOB_OF_THAT_NAME = ". To run a job of that name: POST /api/jobs/{0}; its runs: GET /api/jobs?name={0}"
+WORKER_OF_THAT_NAME = ". Who has which name: GET /api/workers?full=1; its jobs: GET /api/jobs?worker={0}"
+read_job_id = partial(read_id, of_that_name=JOB_OF_THAT_NAME)
+read_worker_id = partial(read_id, of_that_name=WORKER_OF_THAT_NAME)
+JOB_ID = Parameter("job", "The job's id.", read_job_id, ID, place="path", argument="id_", example=1)
+WORKER_ID = Parameter("worker", "The worker's id.", read_worker_id, ID, place="path", argument="id_")
 JOB_NAME = Parameter(
     "job",
     "The job's name in jobs.yaml, percent-encoded.",

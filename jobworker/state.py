@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakValueDictionary
 
 from jobworker.ends import End
 from jobworker.past import Past
@@ -286,8 +287,9 @@ class Database:
         self.ready = False
         self.notes = Notes(self.last_id, {}, False)
         self.totals, self.past = Totals(), Past()
-        self.watchers: dict[int, Future[None]] = {}  # by job, for its next change
-        self.enders: dict[int, Future[None]] = {}  # by job, for its end
+        # By job, the futures that are done with its next change, and with its end: each goes with who waits.
+        self.watchers: WeakValueDictionary[int, Future[None]] = WeakValueDictionary()
+        self.enders: WeakValueDictionary[int, Future[None]] = WeakValueDictionary()
         self.ticks = deque([Tick(0, frozenset(), frozenset(), {})], maxlen=RING_TICKS)
         self.untold_jobs: set[int] = set()
         self.untold_workers: set[int] = set()

@@ -228,11 +228,11 @@ class Store:
         for request, result in zip(group, results, strict=True):
             if request.future and request.future.set_running_or_notify_cancel():
                 request.future.set_result(result)
-        for job in notes.jobs & self._database.watchers.keys():
-            self._database.watchers.pop(job).set_result(None)
-        for end in notes.finished:
-            if waiting := self._database.enders.pop(end.id, None):
-                waiting.set_result(None)
+        watchers, enders = self._database.watchers, self._database.enders
+        for watched, jobs in ((watchers, notes.jobs), (enders, [end.id for end in notes.finished])):
+            for job in jobs if watched else ():
+                if future := watched.pop(job, None):
+                    future.set_result(None)
 
     def _tell_loop(self, commit: Commit) -> None:
         if self._deliver and any(commit):

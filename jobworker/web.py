@@ -12,6 +12,7 @@ server on the loop.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import ipaddress
 import logging
@@ -54,6 +55,7 @@ UNSENT_TO_CALLER_BYTES = 256 * 1024  # else the kernel takes up to 4 MiB for eac
 CHECK_SECONDS = 0.25
 FRESH_REQUEST_SECONDS = 0.1  # no wait is ended that has just begun
 FRESH_ANSWER_SECONDS = 1
+CLOSING_SECONDS = 0.01  # what an evicted connection may take to be closed
 REFUSALS_SECONDS = 60
 REFUSALS_TOLD = 10  # in this time
 TOO_MANY_LARGE = f"too many bodies of over {LARGE_BODY_BYTES} bytes at once"
@@ -99,6 +101,15 @@ class HttpServer(ThreadingHTTPServer):
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # without HTTPServer's look-up of the host's name
+
+    def get_request(self) -> Any:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # this machine's cap is lower than ours
+                self._evict_one()
+                time.sleep(CLOSING_SECONDS)  # nobody can be accepted until then
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         if len(self.places) >= MAX_CONNECTIONS:

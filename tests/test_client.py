@@ -84,6 +84,18 @@ class TestVersion1Server:
                 until(lambda runs=runs: len(server.dials) > runs)  # type: ignore[misc]
             assert stage.docker.starts() == 2
 
+    def test_the_same_id_at_two_workers_of_a_host_runs_twice(self, stage: Stage) -> None:
+        """As from two servers, or from one that was restarted while a job ran."""
+        program = stage.folder / "program"
+        program.write_text("#!/bin/sh\nsleep 60\n")
+        program.chmod(0o755)
+        with ScriptedServer({"name": "a", "image": "busybox", "command": str(program)}) as server:
+            for number in (1, 2):
+                stage.worker(server, name=f"worker-{number}")
+                until(lambda number=number: len(server.dials) == number)  # type: ignore[misc]
+                server.send(protocol.Enqueue(1, "a"))
+                until(lambda number=number: stage.docker.starts(1) == number)  # type: ignore[misc]
+
     @pytest.mark.parametrize(
         "frame", [b"\1", b"\1[{]", b"\2\0", b"\2\0\0\0\1\x40\0\0\0\0\0\0\0hello", b"\1" + b"[" * 100_000]
     )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import fcntl
 import os
 import resource
 import signal
@@ -13,8 +16,10 @@ from typing import Any
 
 import pytest
 
+import client
 import protocol
 from jobworker.cleaner import GATHER_SECONDS
+from jobworker.container import NotStarted
 from tests.peers import ScriptedServer
 from tests.stage import ROOT, Program, Server, Stage, Worker, meanwhile, until
 
@@ -203,6 +208,22 @@ class TestNoCommand(WithAJob):
         assert server.ended(job)["success"]
         assert worker.process.poll() is None
 
+    def test_commands_that_can_not_be_looked_for_do_not_end_the_worker(self) -> None:
+        """To look into /proc takes a descriptor, too."""
+        options = argparse.Namespace(docker="docker", uri="ws://nowhere/runner", token=None)
+
+        async def look() -> None:
+            world = client.real_world(options)
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            try:
+                with pytest.raises(NotStarted):
+                    await world.end_commands({"no such word"})
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+        asyncio.run(look())
+
 
 class TestRemoval:
     """What went is gone, many in one call; what failed waits longer each time, by itself."""
@@ -335,12 +356,16 @@ class TestLimits:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert resource.prlimit(worker.process.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
-    @pytest.mark.parametrize("trap", ["link", "open", "another's"])
+    @pytest.mark.parametrize("trap", ["link", "link to nowhere", "file", "open", "another's"])
     def test_a_folder_for_locks_that_others_can_write_to_is_refused(self, tmp_path: Path, trap: str) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"
         if trap == "link":
             (tmp_path / "elsewhere").mkdir(mode=0o700)
             folder.symlink_to("elsewhere")
+        elif trap == "link to nowhere":
+            folder.symlink_to("nowhere")
+        elif trap == "file":
+            folder.touch()
         elif trap == "open":
             folder.mkdir()
             folder.chmod(0o777)
@@ -354,6 +379,16 @@ class TestLimits:
         ended = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=10)
         assert ended.returncode == 2
         assert "set TMPDIR" in ended.stderr
+
+    def test_the_folder_for_locks_has_a_lock_while_it_is_in_use(self, stage: Stage) -> None:
+        """Else systemd deletes what is old there, locks that are held included."""
+        stage.worker(stage.server())
+        folder = os.open(stage.folder / f"jobworker-{os.getuid()}", os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(folder)
 
     def test_a_link_in_the_place_of_a_lock_is_not_followed(self, tmp_path: Path) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"

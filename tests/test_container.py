@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from client import DockerCommand
 from jobworker.config import JobConfig
-from jobworker.container import FLAGS, Command, Engine, Found, docker_run_command, is_absent
+from jobworker.container import FLAGS, UNREACHED, Command, Engine, Found, docker_run_command, is_absent
 from jobworker.life import allows
 from tests.stage import (
     Docker,
@@ -220,6 +220,18 @@ class TestEnginesWords:
     )
     def test_whatever_else_it_says_there_may_be_one(self, complaint: str) -> None:
         assert not is_absent("x-1", complaint)
+
+    @pytest.mark.parametrize(
+        "complaint",
+        [
+            "Cannot connect to the Docker daemon at unix:///x. Is the docker daemon running?",
+            "docker: failed to connect to the docker API at unix:///x; check if the path is correct",
+            "docker: permission denied while trying to connect to the docker API at unix:///x",
+        ],
+    )
+    def test_the_engine_was_not_reached(self, complaint: str) -> None:
+        assert UNREACHED.match(complaint)
+        assert not UNREACHED.match(f"a job's own words: {complaint}")
 
 
 class TestFollowingALog:

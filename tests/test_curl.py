@@ -238,6 +238,10 @@ class TestMeant:
         detail = problem(server.http(method, "/api/jobs/greeting"), 404)
         assert "POST /api/jobs/greeting; its runs: GET /api/jobs?name=greeting" in detail
 
+    def test_a_workers_name_where_its_id_belongs(self, server: Server) -> None:
+        detail = problem(server.http("GET", "/api/workers/box-1"), 404)
+        assert detail.endswith("Who has which name: GET /api/workers?full=1; its jobs: GET /api/jobs?worker=box-1")
+
 
 class TestGoneWorkers:
     """Who went within the hour, and what it held."""

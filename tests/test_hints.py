@@ -14,6 +14,8 @@ __all__ = ["any_loader"]
 JOB = "- name: a\n  image: b\n"
 MEANT = 'did you mean "image: busybox"?'
 ALIGN = "align what belongs together"
+OPEN = "is not closed, or a comma is missing before line"
+QUOTED = "what is in quotes ends before this: is a quote above it not closed, or one within it?"
 
 
 @pytest.mark.usefixtures("any_loader")
@@ -40,6 +42,16 @@ class TestShape:
              f'5:4: "init" begins in column 4, the one above in column 3: {ALIGN}'),
             (f"{JOB} - name: c\n", f'3:2: "- name" begins in column 2, the one above in column 1: {ALIGN}'),
             (f"{JOB}  command: echo c: d\n", '3:18: a second ": " in one line: put the value in quotes'),
+            ("  - name: a\n    image: b\n- name: c\n",
+             f'3:1: "- name" begins in column 1, the one above in column 3: {ALIGN}'),
+            (f"{JOB}  volumes:\n  /c:/d\n", '4:3: is a dash missing: did you mean "- /c:/d"?'),
+            (f"{JOB}  command: 'echo c\n  init: true\n", "3:12: this quote is not closed"),
+            (f"{JOB}  command: 'echo c\n---\n", "3:12: this quote is not closed"),
+            (f"{JOB}  command: [echo, c\n  init: true\n", f"3:12: this [ {OPEN} 4"),
+            ("- {name: a, image: b\n- {name: c, image: d}\n", f"1:3: this {{ {OPEN} 2"),
+            (f"{JOB}  command: 'echo c\n- name: d\n  command: 'echo e'\n", f"5:13: {QUOTED}"),
+            (f'{JOB}  command: [sh, -c, "echo "c""]\n', f"3:28: {QUOTED}"),
+            (f"{JOB}  command: !c d\n", "3:12: tags (!name) are not supported: write the value alone"),
         ],
     )  # fmt: skip
     def test_it_is_told_in_plain_words(self, text: str, error: str, tmp_path: Path) -> None:

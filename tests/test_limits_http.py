@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import protocol
 from jobworker import api, message, web
 from jobworker.message import Response
 from jobworker.options import UNSENT_BYTES
@@ -113,6 +114,14 @@ class TestCallers:
         with crowd(server, head(b"GET " + path.encode())):
             serves(server)
 
+    def test_a_crowd_without_descriptors_holds_up_nobody(self, stage: Stage) -> None:
+        """Where the system gives fewer than the cap of connections needs."""
+        server = stage.server("--hold")
+        most = descriptors(server) + 50
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (most, most))
+        with crowd(server, b"", 100):
+            serves(server)
+
     def test_a_crowd_that_hung_up_leaves_nothing(self, stage: Stage) -> None:
         server = stage.server("--hold")
         before = threads(server)
@@ -157,6 +166,26 @@ class TestReaders:
             assert server.http("POST", "/api/jobs", jobs).status == 200
         with crowd(server, head(b"GET /api/jobs" + query.encode()), 300):
             serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_those_who_listen_and_do_not_read_cost_no_memory(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        jobs = [{"name": "sh", "environment": {"SCRIPT": "x" * 30_000}}] * 200
+        with crowd(server, head(b"GET /api/events"), 300):
+            assert server.http("POST", "/api/jobs", jobs, 60).status == 200
+            serves(server)
+        assert peak_kib(server) < MEMORY_KIB
+
+    def test_those_who_ask_for_a_log_and_do_not_read_cost_no_memory(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        job = server.post("quick")
+        with ScriptedWorker(server, "chatty") as worker:
+            worker.runs()
+            for number in range(16):
+                worker.send(protocol.Log(job, 1, number * 65_536, bytes(65_536)))
+            until(lambda: server.job(job)["log_bytes"] == 16 * 65_536)
+            with crowd(server, head(b"GET /api/jobs/%d/log" % job), 300):
+                serves(server)
         assert peak_kib(server) < MEMORY_KIB
 
     def test_a_reader_that_takes_little_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +345,33 @@ class TestHandshakes:
             serves(server)
             with ScriptedWorker(server, "says-hello"):
                 assert server.knows("says-hello")
+
+    @pytest.mark.parametrize("name", [None, "says-hello"])
+    def test_nor_one_that_has_said_something(self, stage: Stage, name: str | None) -> None:
+        server = stage.server("--hold")
+        job = server.post("quick")
+        before = descriptors(server)
+        with ScriptedWorker(server, name) as worker:
+            if name is None:
+                worker.runs()
+            with crowd(server, HANDSHAKE, MAX_SILENT + 50):
+                until(lambda: descriptors(server) > before + MAX_SILENT)
+                serves(server)
+                if name:
+                    worker.runs()
+                worker.send(protocol.JobSuccess(job, 1 if name else 0))
+                assert server.ended(job)["success"]
+
+    def test_those_that_have_gone_are_not_counted(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with ScriptedWorker(server) as worker:
+            for _ in range(MAX_SILENT + 50):
+                with socket.create_connection(("127.0.0.1", server.port), timeout=10) as peer:
+                    peer.sendall(HANDSHAKE)
+                    assert peer.recv(100).startswith(b"HTTP/1.1 101 ")
+            until(lambda: len(server.get("/api/workers")) == 1)
+            server.post("quick")
+            worker.runs()
 
     def test_refused_ones_that_do_not_read_leave_nothing(self, guarded: Server) -> None:
         with crowd(guarded, HANDSHAKE):

@@ -19,6 +19,7 @@ import schemathesis
 
 from jobworker import VERSION, web
 from jobworker import api as api_module
+from tests.peers import ScriptedWorker
 from tests.stage import (
     Server,
     Stage,
@@ -212,6 +213,13 @@ class TestOpenApi:
             assert list(found) == list(schema["properties"]), name
             assert set(schema["required"]) == set(found), name
             assert conforms(found, schema)
+
+    def test_a_worker_that_drains_is_as_described(self, tmp_path: Path) -> None:
+        with contextlib.closing(Stage(tmp_path)) as stage:
+            server = stage.server()
+            with ScriptedWorker(server, "drains", slots=0):
+                [worker] = server.get("/api/workers?full=1")
+                assert conforms(worker, OPENAPI["components"]["schemas"]["FullWorker"])
 
     def test_events_are_as_described(self, server: Server) -> None:
         kinds = {"job": "FullJob", "worker": "FullWorker", "stats": "Stats"}

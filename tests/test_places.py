@@ -207,7 +207,7 @@ class TestDeadlines:
             assert read_to_end(peer)[: len(reply) or None] == reply
 
     def test_the_table_may_change_while_it_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The collector, which may start whenever something is made, runs finalizers, and those other threads."""
+        """The collector, which may start whenever something is made, runs finalizers: they let other threads run."""
         monkeypatch.setattr(web, "CHECK_SECONDS", 0)
         monkeypatch.setattr(web, "MAX_CONNECTIONS", 40)  # each further one evicts
         thresholds = gc.get_threshold()

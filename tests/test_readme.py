@@ -10,6 +10,8 @@ import pytest
 
 from jobworker import api as api_module
 from jobworker import config
+from jobworker.metrics import metrics_text
+from jobworker.state import Totals
 from tests.stage import ROOT, Stage
 
 README = (ROOT / "README.md").read_text()
@@ -57,6 +59,11 @@ class TestReference:
     def test_it_names_every_route(self) -> None:
         paths = {re.sub(r"\{\w+\}", "ID", route.path) for route in api_module.ROUTES}
         assert [path for path in paths if f"{path}`" not in REFERENCE] == []
+
+    def test_it_names_every_metric(self) -> None:
+        text = metrics_text({"jobs": {}, "queue_latency": 0}, [], Totals(), {}, [])
+        names = re.findall(r"^# TYPE jobworker_(\w+)", text, re.MULTILINE)
+        assert [name for name in names if not re.search(rf"`{name}[{{`]", REFERENCE)] == []
 
     @pytest.mark.parametrize("program", ["server.py", "client.py"])
     def test_the_help_ends_with_an_example(self, program: str) -> None:

@@ -52,6 +52,21 @@ class TestPruning:
         assert left == list(range(40, -1, -4))
         assert store.do(state.get_many, [1]).result() == []
 
+    def test_workers_that_never_come_back_go_with_their_jobs(self, store: Store) -> None:
+        for name, protocol in (("version-1-a", 1), ("version-1-b", 1), ("w", 2)):
+            worker, _ = store.do(state.attach, arrival(name)._replace(protocol=protocol), 1.0, RULES).result()
+            if name == "version-1-a":
+                store.do(state.add, [NewJob("once")] * 2, 1.0).result()
+                store.do(state.claim, [FreeSlots(worker, 1, frozenset({"once"}))], {}).result()
+                store.do(state.succeed, worker, 1, 1, 2.0, RULES).result()
+            store.do(state.detach, worker, 0.0, 2.0).result()
+            store.do(state.lose, worker, 2.0, RULES).result()
+        left = []
+        for names in (["once"], []):  # of these the newest success stays
+            store.do(retention.prune, 3.0, names, 50).result()
+            left.append(store.do(lambda db: [name for (name,) in db.execute("SELECT name FROM worker")]).result())
+        assert left == [["version-1-a", "w"], ["w"]]
+
     def test_a_log_that_is_deleted_is_not_written_once_more(self, store: Store) -> None:
         fast = 2  # overwrites only what is written anyway
         assert store.do(lambda db: db.one("PRAGMA secure_delete")[0]).result() == fast

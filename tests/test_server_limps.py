@@ -175,6 +175,15 @@ class TestMemory:
             assert configs.names_for((str(number),), 2) == {"a"}
         assert len(configs._names) <= 1_000
 
+    def test_they_are_told_from_others_though_another_thread_forgets_them_meanwhile(self) -> None:
+        class Forgetful(dict[Any, frozenset[str]]):
+            def __setitem__(self, *_: object) -> None:
+                """As if another thread had emptied it right after that."""
+
+        configs = Configs([JobConfig("a", "busybox")])
+        configs._names = Forgetful()
+        assert configs.names_for(("t",), 2) == {"a"}
+
 
 class TestHealth:
     def test_a_disk_that_stalls_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,13 +295,18 @@ class TestGroups:
     def test_waits_that_end_leave_nothing(self, store: Store) -> None:
         store.do(state.add, [state.NewJob("a")], 1.0)
         store.commit_waiting()
-        for _ in range(100):
-            store.do(state.get_and_watch, 1, False)
-            store.do(state.get_and_watch, 1, True)
+        waits = [store.do(state.get_and_watch, 1, its_end) for its_end in (False, True) for _ in range(100)]
         store.commit_waiting()
-        assert [len(store._database.watchers), len(store._database.enders)] == [1, 1]
+        watcher, ender = dict.fromkeys(wait.result(0)[1] for wait in waits)
+        assert list(store._database.watchers.values()) == [watcher]
+        assert list(store._database.enders.values()) == [ender]
+        del waits, watcher, ender
+        assert not store._database.watchers  # though the job has not changed
+        assert not store._database.enders
+        waits = [store.do(state.get_and_watch, 1, its_end) for its_end in (False, True)]
         store.do(state.cancel, 1, 1.0)
         store.commit_waiting()
+        assert all(wait.result(0)[1].done() for wait in waits)
         assert not store._database.watchers
         assert not store._database.enders
         store.close()

@@ -658,19 +658,22 @@ class TestLogTail:
 class TestLogLimit:
     """The head and the tail of a log are kept."""
 
-    def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("size", [65_536, 40 * 65_536])
+    def test_the_server_keeps_no_more_than_head_and_tail_whatever_a_worker_sends(
+        self, tmp_path: Path, size: int
+    ) -> None:
         jobs = Store(str(tmp_path / "jobs.db")).start()
         jobs.do(state_module.add, [state_module.NewJob("a")], 1.0).result()
         worker, _ = jobs.do(state_module.attach, arrival("w"), 1.0, RULES).result()
         jobs.do(state_module.claim, [FreeSlots(worker, 1, frozenset("a"))], {}).result()
         assert jobs.do(state_module.start, worker, 1, 1, 1.0).result()
-        piece = 65536
-        for number in range(40):
-            jobs.do(logs.append_log, worker, 1, 1, number * piece, bytes([number]) * piece).result()
+        text = b"".join(bytes([number]) * 65_536 for number in range(40))
+        for start in range(0, len(text), size):
+            jobs.do(logs.append_log, worker, 1, 1, start, text[start : start + size]).result()
         kept, offset = b"", 0
         while pieces := jobs.do(logs.read_log, 1, 1, offset).result():
             offset = pieces[-1][0] + len(pieces[-1][1])
             kept += b"".join(data for _start, data in pieces)
-        assert len(kept) <= logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES + piece
-        assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), 40 * piece)
+        assert len(kept) <= logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES + logs.LOG_PIECE_BYTES
+        assert (kept[:1], kept[-1:], offset) == (b"\x00", bytes([39]), len(text))
         jobs.close()
