@@ -305,6 +305,19 @@ class TestLogReadAgain(WithAJob):
             assert not any(isinstance(message, protocol.ReadAgain) for message in server.received)
 
 
+class TestChattyJobs:
+    """A job that writes all the time leaves the others their share of the connection."""
+
+    def test_they_hold_up_no_others_log(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server, "--slots", "3")
+        chatty = [server.sh("while :; do echo chatty; sleep 0.001; done") for _ in range(2)]
+        for job in chatty:
+            until(lambda job=job: server.log(job))  # type: ignore[misc]
+        quiet = server.sh("echo quiet; sleep 60")
+        until(lambda: server.log(quiet) == b"quiet\n")
+
+
 class TestVersion1Server:
     """What was sent on an earlier connection is neither started nor reported on a later one."""
 
