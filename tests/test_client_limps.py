@@ -347,8 +347,11 @@ class TestVersion1Server:
             server.hang_up()
             until(lambda: server.peer is not first)
             server.received.clear()
-            (stage.folder / "go").touch()
             server.send(protocol.Enqueue(3, "a"))
+            again = time.monotonic()
+            until(lambda: time.monotonic() > again + GATHER_SECONDS + 1)  # were the first not wanted, it would be gone
+            assert stage.docker.starts(3) == 0
+            (stage.folder / "go").touch()
             server.wait_for(protocol.JobSuccess(3))
             assert server.received == [protocol.JobRunning(3), protocol.JobSuccess(3)]
             assert (stage.docker.starts(1), stage.docker.starts(2)) == (1, 0)
