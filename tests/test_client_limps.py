@@ -208,6 +208,18 @@ class TestNoCommand(WithAJob):
         assert server.ended(job)["success"]
         assert worker.process.poll() is None
 
+    def test_a_job_that_waits_for_it_is_cancelled_at_once(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server, *by_path(stage))
+        server.ended(server.post("quick"))
+        until(lambda: stage.docker.containers() == [])
+        is_gone(stage.docker.folder / "docker")
+        job = server.post("quick")
+        until(lambda: server.job(job)["state"] == "running")
+        server.http("DELETE", f"/api/jobs/{job}")
+        assert server.ended(job)["state"] == "cancelled"
+        assert stage.docker.starts(job) == 0
+
     def test_commands_that_can_not_be_looked_for_do_not_end_the_worker(self) -> None:
         """To look into /proc takes a descriptor, too."""
         options = argparse.Namespace(docker="docker", uri="ws://nowhere/runner", token=None)
