@@ -186,7 +186,7 @@ class Session:
             message = self._outbox.popleft()
             if isinstance(message, Hello):
                 return protocol.encode(message)
-            size += len(message.data) if isinstance(message, Log) else 100
+            size += 100 + (len(message.data) if isinstance(message, Log) else 0)
             batch.append(message)
         return protocol.encode_batch(batch)
 

@@ -376,6 +376,13 @@ MUTANTS = (
         "while False:",
     ),
     Mutant(
+        "a message counts",
+        "server.py",
+        "as_if_it_were_alone",
+        " + len(messages) * MESSAGE_BYTES",
+        "",
+    ),
+    Mutant(
         "who reads nothing is left",
         "server.py",
         "reads_nothing",
