@@ -186,7 +186,7 @@ class Session:
             message = self._outbox.popleft()
             if isinstance(message, Hello):
                 return protocol.encode(message)
-            size += len(message.data) if isinstance(message, Log) else 100
+            size += 100 + (len(message.data) if isinstance(message, Log) else 0)
             batch.append(message)
         return protocol.encode_batch(batch)
 
@@ -265,14 +265,16 @@ class Attempt:
         """Let it run to its end, of which nobody is told."""
         self._move("let go")
 
-    def on_tick(self, session: Session | None) -> None:
-        """End it where its time is over; tell the server what is new of it."""
+    def on_tick(self, session: Session | None, room: int) -> int:
+        """End it where its time is over; tell the server what is new of it. Returns what is left of `room` for logs."""
         if self.life.is_too_old():
             self.stop("timeout")
-        if session and session.version == 2 and not session.busy:
-            self.tell_pull(session)
-            # A flood is thinned out here: the rest of its middle never leaves this machine.
-            self.send_log(session, LOG_PIECE_BYTES if self.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES)
+        if session is None or session.version == 1 or room <= 0:
+            return room
+        self.tell_pull(session)
+        # A flood is thinned out here: the rest of its middle never leaves this machine.
+        limit = LOG_PIECE_BYTES if self.life.output.end > LOG_HEAD_BYTES else LOG_HEAD_BYTES
+        return room - self.send_log(session, min(limit, room))
 
     def agrees(self, session: Session) -> bool:
         """Whether the server means this reading of the log, when it speaks of an offset."""
@@ -285,13 +287,15 @@ class Attempt:
             self._told = session, self.life.pulling
             session.send(Pulling(*self.key, self.life.pulling))
 
-    def send_log(self, session: Session, limit: int) -> None:
+    def send_log(self, session: Session, limit: int) -> int:
         if not self.agrees(session):
             if number := self.life.output.to_announce():
                 session.send(ReadAgain(*self.key, number))
-            return
-        for offset, data in self.life.output.unsent(limit):
+            return 0
+        pieces = list(self.life.output.unsent(limit))
+        for offset, data in pieces:
             session.send(Log(*self.key, offset, data))
+        return sum(len(data) for _offset, data in pieces)
 
     def report(self, session: Session) -> None:
         """Send the rest of the log, then the result, once a connection."""
@@ -565,9 +569,10 @@ class Worker:
         while True:
             await asyncio.sleep(LOG_FLUSH_SECONDS)
             self.cleaner.start(idle=not self.held)
-            for attempt in list(self.held.values()):
-                if attempt.state == "running":
-                    attempt.on_tick(self.session)
+            room = 0 if self.session and self.session.busy else LOG_HEAD_BYTES
+            running = [attempt for attempt in self.held.values() if attempt.state == "running"]
+            for attempt in sorted(running, key=lambda each: each.life.output.end):  # who wrote least waits for nobody
+                room = attempt.on_tick(self.session, room)
 
     async def _sweep(self) -> None:
         """Now and then, remove containers that nobody knows, and end commands that hang though theirs has ended."""

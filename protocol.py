@@ -42,7 +42,8 @@ Version 2 (subprotocol "jobworker.2") adds to version 1; a job is named by its i
                                                               by Settled
      19 Pulling      int32 job, int32 attempt, the image in UTF-8    it is being pulled; empty: it is no more
     both ways
-     31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch; 512 KiB, or one message
+     31 Batch        repeated: uint32 length, a frame of that length; no Batch within a Batch; 512 KiB, or one message;
+                     from a worker at most 20,000 messages
 
   Life of a connection: the server's answer to the opening handshake has its identity in the header Jobworker-Server.
   The worker says Hello; the server sends JobConfigs, Logged for each attempt it wants and Settled for each it does not.

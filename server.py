@@ -74,10 +74,12 @@ from protocol import (
     Stop,
 )
 
-MAX_FRAME_BYTES = 4 * 1024 * 1024
+MAX_FRAME_BYTES = 1024 * 1024
+MAX_FRAME_MESSAGES = 20_000  # our worker's have a quarter of that
 MAX_SILENT = 512  # connections that have said nothing yet; of more, the oldest are ended
 MAX_UNREAD_BYTES = 4 * 1024 * 1024
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
+MESSAGE_BYTES = 1_000  # of these each message counts as so many beside its own: it takes the store as long
 HELLO_SECONDS = 10
 TICK_SECONDS = 0.25
 PRUNE_SECONDS = 10
@@ -253,10 +255,12 @@ class Dispatcher:
                 async for data in socket:
                     self._silent.pop(socket, None)
                     messages = protocol.decode_from_worker(data, worker.protocol_version)
+                    if len(messages) > MAX_FRAME_MESSAGES:
+                        raise protocol.ProtocolError(f"a batch may have {MAX_FRAME_MESSAGES:,} messages")
                     if messages and isinstance(messages[0], Hello):
                         await self._on_second_hello(worker, messages)
                     else:
-                        self._on_reports(worker, messages, len(data))
+                        self._on_reports(worker, messages, len(data) + len(messages) * MESSAGE_BYTES)
                     worker.send_claimed()
                     while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
                         self._stored.clear()

@@ -208,6 +208,18 @@ class TestNoCommand(WithAJob):
         assert server.ended(job)["success"]
         assert worker.process.poll() is None
 
+    def test_a_job_that_waits_for_it_is_cancelled_at_once(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server, *by_path(stage))
+        server.ended(server.post("quick"))
+        until(lambda: stage.docker.containers() == [])
+        is_gone(stage.docker.folder / "docker")
+        job = server.post("quick")
+        until(lambda: server.job(job)["state"] == "running")
+        server.http("DELETE", f"/api/jobs/{job}")
+        assert server.ended(job)["state"] == "cancelled"
+        assert stage.docker.starts(job) == 0
+
     def test_commands_that_can_not_be_looked_for_do_not_end_the_worker(self) -> None:
         """To look into /proc takes a descriptor, too."""
         options = argparse.Namespace(docker="docker", uri="ws://nowhere/runner", token=None)
@@ -305,6 +317,19 @@ class TestLogReadAgain(WithAJob):
             assert not any(isinstance(message, protocol.ReadAgain) for message in server.received)
 
 
+class TestChattyJobs:
+    """A job that writes all the time leaves the others their share of the connection."""
+
+    def test_they_hold_up_no_others_log(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server, "--slots", "3")
+        chatty = [server.sh("while :; do echo chatty; sleep 0.001; done") for _ in range(2)]
+        for job in chatty:
+            until(lambda job=job: server.log(job))  # type: ignore[misc]
+        quiet = server.sh("echo quiet; sleep 60")
+        until(lambda: server.log(quiet) == b"quiet\n")
+
+
 class TestVersion1Server:
     """What was sent on an earlier connection is neither started nor reported on a later one."""
 
@@ -334,8 +359,11 @@ class TestVersion1Server:
             server.hang_up()
             until(lambda: server.peer is not first)
             server.received.clear()
-            (stage.folder / "go").touch()
             server.send(protocol.Enqueue(3, "a"))
+            again = time.monotonic()
+            until(lambda: time.monotonic() > again + GATHER_SECONDS + 1)  # were the first not wanted, it would be gone
+            assert stage.docker.starts(3) == 0
+            (stage.folder / "go").touch()
             server.wait_for(protocol.JobSuccess(3))
             assert server.received == [protocol.JobRunning(3), protocol.JobSuccess(3)]
             assert (stage.docker.starts(1), stage.docker.starts(2)) == (1, 0)

@@ -1,6 +1,7 @@
 """container.py: how a job's config becomes the words of `docker run`, and a container."""
 
 import asyncio
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -12,8 +13,19 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from client import DockerCommand
+from jobworker import container
 from jobworker.config import JobConfig
-from jobworker.container import FLAGS, UNREACHED, Command, Engine, Found, docker_run_command, is_absent
+from jobworker.container import (
+    FLAGS,
+    UNREACHED,
+    Answer,
+    Command,
+    Engine,
+    Found,
+    NotStarted,
+    docker_run_command,
+    is_absent,
+)
 from jobworker.life import allows
 from tests.stage import (
     Docker,
@@ -315,6 +327,49 @@ class TestContainer:
         assert server.ended(job)["success"]
         assert server.log(job).endswith(b"/nowhere\n")
         assert "/nowhere" not in stage.docker.ledger("run", job)[0][2]
+
+
+class TestCommandsThatCanNotBeStarted:
+    """They did nothing, and are tried again."""
+
+    NAME = "jobworker-s-7-1"
+
+    @pytest.mark.parametrize("verb", ["ps", "inspect", "image", "pull", "logs", "wait"])
+    def test_each_is(self, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(container, "ENGINE_RETRY_SECONDS", 0)
+        said: list[str] = []
+
+        async def command(words: list[str], *_: object, **__: object) -> Answer:
+            if words[0] not in said and words[0] == verb:
+                said.append(verb)
+                raise NotStarted(errno.EAGAIN, "no process to be had")
+            state = {"Status": "exited" if "waited" in said else "running"}
+            labels = {"jobworker.job": "7", "jobworker.attempt": "1"}
+            told = json.dumps([{"Name": self.NAME, "State": state, "Config": {"Labels": labels}}])
+            said.append("waited" if words[0] == "wait" else words[0])
+            answers = {
+                "ps": Answer(0, self.NAME),
+                "inspect": Answer(0, told),
+                "image": Answer(1, err="No such image: b"),
+            }
+            return answers.get(words[0], Answer(0))
+
+        async def play() -> None:
+            engine = Engine(command)
+            assert [found.container for found in await engine.containers({})] == [self.NAME]
+            assert await engine.provide_image("b", "missing", None) == ""
+            while not await engine.follow(self.NAME, said.append):  # type: ignore[arg-type]
+                pass
+            await engine.wait(self.NAME)
+
+        asyncio.run(asyncio.wait_for(play(), 10))
+        assert "waited" in said
+
+    def test_nor_can_one_without_a_thread(self) -> None:
+        command = DockerCommand("true")
+        command._threads.shutdown()
+        with pytest.raises(NotStarted):
+            asyncio.run(command(["run"], output=print))
 
 
 class TestContainersOfAWorker:

@@ -26,7 +26,7 @@ from jobworker.clock import CLOCK_JUMP_SECONDS, DISTRUST_SECONDS, WatchedClock
 from jobworker.config import Configs, JobConfig
 from jobworker.message import parse_head
 from jobworker.store import Store
-from server import MAX_UNSTORED_BYTES, Dispatcher
+from server import MAX_FRAME_MESSAGES, MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
 from tests.stage import Program, Server, Stage, problem, until
 from tests.test_due import deliver
@@ -118,6 +118,13 @@ class TestMemory:
             return flooded.sent * 500_000
 
         assert asyncio.run(flood()) < 2 * MAX_UNSTORED_BYTES
+
+    def test_a_frame_of_too_many_messages_ends_its_connection(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        with ScriptedWorker(server, "flood") as flood:
+            flood.send(protocol.encode_batch([protocol.JobRunning(1, 1)] * (MAX_FRAME_MESSAGES + 1)))
+            assert flood.is_closed()
+        until(lambda: server.said("a batch may have 20,000 messages"))
 
     def test_what_workers_write_does_not_stay_in_memory(self, stage: Stage) -> None:
         server = stage.server()
