@@ -31,7 +31,6 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
 from pathlib import Path
@@ -127,7 +126,7 @@ class World:
     end_commands: kills those of the engine's commands that have all these words.
     """
 
-    dial: Callable[[], AbstractAsyncContextManager[Socket]]
+    dial: Callable[[], contextlib.AbstractAsyncContextManager[Socket]]
     engine: Engine
     end_commands: Callable[[set[str]], Awaitable[None]]
     chance: random.Random
