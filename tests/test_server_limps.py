@@ -299,6 +299,15 @@ class TestGroups:
         ]
         store.close()
 
+    def test_a_change_does_not_wake_who_waits_for_the_end(self, store: Store) -> None:
+        store.do(state.add, [state.NewJob("a")], 1.0)
+        waits = [store.do(state.get_and_watch, 1, its_end) for its_end in (False, True)]
+        store.commit_waiting()
+        store.do(state.claim, [state.FreeSlots(1, 1, frozenset({"a"}))], {})
+        store.commit_waiting()
+        assert [wait.result(0)[1].done() for wait in waits] == [True, False]
+        store.close()
+
     def test_waits_that_end_leave_nothing(self, store: Store) -> None:
         store.do(state.add, [state.NewJob("a")], 1.0)
         store.commit_waiting()
