@@ -476,6 +476,13 @@ MUTANTS = (
         "        if False:\n",
     ),
     Mutant(
+        "configs are asked for some at a time",
+        "jobworker/api.py",
+        "some_at_a_time",
+        "in_pieces(configs.by_name, PAGE_CONFIGS)",
+        "in_pieces(configs.by_name, 9_999)",
+    ),
+    Mutant(
         "unread events are not in memory",
         "jobworker/events.py",
         "who_listen_and_do_not",

@@ -14,8 +14,9 @@ import re
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from http import HTTPStatus
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ from jobworker.web import take_turn
 
 MAX_DELAY_SECONDS = 366 * 86400
 PAGE_JOBS = 250
+PAGE_CONFIGS = 100
 PAGES_AT_ONCE = 2  # made; sent are as many as there are readers
 COPY_PIECE_BYTES = 256 * 1024
 SLOWEST_COPY_BYTES = 256 * 1024  # a second, once COPY_SECONDS are over
@@ -201,6 +203,12 @@ def read_list(
     return checked, None if key is None else Key(key, content.hexdigest())
 
 
+def in_pieces(names: Iterable[str], size: int) -> Iterator[list[str]]:
+    rest = iter(names)
+    while piece := list(islice(rest, size)):
+        yield piece
+
+
 # Answers
 
 
@@ -256,6 +264,23 @@ class Api:
             separator, left, wanted = b",", left - len(rows), wanted._replace(after=rows[-1]["id"])
             del rows
             yield page.pop()  # nothing here keeps it while it waits for its reader
+        yield b"[]\n" if separator == b"[" else b"]\n"
+
+    def config_pages(self) -> Iterator[bytes]:
+        configs, dealt = self.configs, self.do(schedules)
+        separator = b"["
+        for names in in_pieces(configs.by_name, PAGE_CONFIGS):  # thousands at once would hold the store up for seconds
+            last, recent = self.do(lists.newest, names), self.do(lists.recent, names)
+            due_next = {
+                name: configs.schedules[name].next_due(dealt[name]["upto"])
+                for name in names
+                if name in configs.schedules and name in dealt
+            }
+            shown = [
+                config_json(configs.by_name[name], due_next.get(name), last.get(name), recent[name]) for name in names
+            ]
+            yield separator + as_json(shown)[1:-1]
+            separator = b","
         yield b"[]\n" if separator == b"[" else b"]\n"
 
     def list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
@@ -490,20 +515,8 @@ def list_configs(api: Api, _request: Request) -> Response:
     What one needs to run them, when they are due next, and how the newest run of each stands. Their `environment`,
     which may hold secrets, is not shown.
     """
-    configs = api.configs
-    names = list(configs.by_name)
-    last, recent = api.do(lists.newest, names), api.do(lists.recent, names)
-    due_next = {
-        name: configs.schedules[name].next_due(row["upto"])
-        for name, row in api.do(schedules).items()
-        if name in configs.schedules
-    }
-    return answer_json(
-        [
-            config_json(config, due_next.get(name), last.get(name), recent[name])
-            for name, config in configs.by_name.items()
-        ]
-    )
+    pages = api.config_pages()
+    return Response(pages if len(api.configs.by_name) > PAGE_CONFIGS else b"".join(pages))
 
 
 def listen(api: Api, request: Request, last_id: int | None) -> Response:
@@ -549,7 +562,9 @@ def get_metrics(api: Api, _request: Request) -> Response:
     and `jobworker_schedule_skipped_total{name}`.
     """
     overview = api.do(state.overview, api.clock())
-    successes = api.do(lists.newest, list(api.configs.by_name), NEWEST_SUCCESS)
+    successes: dict[str, sqlite3.Row] = {}
+    for names in in_pieces(api.configs.by_name, PAGE_CONFIGS):
+        successes |= api.do(lists.newest, names, NEWEST_SUCCESS)
     text = metrics_text(overview, api.do(state.workers), api.do(state.totals), successes, api.do(schedules).values())
     return Response(text.encode(), content_type=METRICS)
 

@@ -14,8 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobworker import lists, state
-from jobworker.api import Api, mark, read_list
+from jobworker.api import PAGE_CONFIGS, Api, get_metrics, list_configs, mark, read_list
 from jobworker.config import Configs, JobConfig
+from jobworker.message import parse_head
 from jobworker.state import NewJob
 from jobworker.store import Store
 from tests.peers import (
@@ -297,6 +298,19 @@ class TestLists:
         assert {shown["reason"] for shown in api.show(rows)} == {"no worker is connected"}
         store.close()
         assert len([sql for sql in asked if sql.startswith("BEGIN")]) == 2
+
+    def test_what_many_configs_show_is_asked_for_some_at_a_time(self) -> None:
+        """All of a long jobs.yaml at once would hold up for seconds who commits."""
+        store = Store(":memory:").start()
+        configs = Configs(JobConfig(f"job-{number}", "busybox") for number in range(1_050))
+        api, asked = Api(store, configs, True, time.time), parse_head(b"GET / HTTP/1.1\r\nHost: localhost")
+        said: list[str] = []
+        store._database.connection.set_trace_callback(said.append)
+        shown = json.loads(b"".join(list_configs(api, asked).body))  # type: ignore[arg-type]
+        get_metrics(api, asked)
+        store.close()
+        assert [config["name"] for config in shown] == list(configs.by_name)
+        assert max(len(group.split(";")) for group in ";".join(said).split("BEGIN")) < 3 * PAGE_CONFIGS
 
 
 class TestHttp:

@@ -7,6 +7,7 @@ import http.client
 import os
 import random
 import resource
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Self
 
 import pytest
@@ -281,6 +283,12 @@ class TestNoRoom:
         server.start()
         accepted = [first, *(reply.json["id"] for reply in replies[:-1]), second]
         assert [job["id"] for job in server.get("/api/jobs")] == accepted
+
+    def test_a_copy_that_would_fill_the_disk_is_not_begun(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        store = store_module.Store(":memory:").start()
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
+        with contextlib.closing(store), pytest.raises(store_module.StoreError, match="has no room for another"):
+            store.backup(bool)
 
     def test_a_copy_without_room_is_refused(self, stage: Stage) -> None:
         filled(stage, 2)

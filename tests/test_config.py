@@ -342,7 +342,7 @@ class TestJobsYamlErrors:
             ("- name: a\n".encode("utf-16"), "1:1", "byte 0xff is not UTF-8"),
             ("- name: a\x1b\n", "1:10", "'\\x1b' is not allowed"),
             ("- name: a\n\timage: b\n", "2:1", "indent with spaces, not tabs"),
-            ("- name: [a\n", "2:1", "while parsing a flow sequence"),
+            ("- name: [a\n", "1:9", "this [ is not closed, or a comma is missing before line 2"),
             ("- name: *a\n", "1:9", "found undefined alias"),
             ("[" * 500, "1:11", "nested more than 10 deep"),
             ("- " * 500, "1:21", "nested more than 10 deep"),

@@ -237,6 +237,8 @@ class TestMeant:
     def test_a_name_where_an_id_belongs(self, server: Server, method: str) -> None:
         detail = problem(server.http(method, "/api/jobs/greeting"), 404)
         assert "POST /api/jobs/greeting; its runs: GET /api/jobs?name=greeting" in detail
+        detail = problem(server.http(method, "/api/jobs/two%20words"), 404)
+        assert "POST /api/jobs/two%20words; its runs: GET /api/jobs?name=two%20words" in detail
 
     def test_a_workers_name_where_its_id_belongs(self, server: Server) -> None:
         detail = problem(server.http("GET", "/api/workers/box-1"), 404)

@@ -42,6 +42,7 @@ class TestShape:
              f'5:4: "init" begins in column 4, the one above in column 3: {ALIGN}'),
             (f"{JOB} - name: c\n", f'3:2: "- name" begins in column 2, the one above in column 1: {ALIGN}'),
             (f"{JOB}  command: echo c: d\n", '3:18: a second ": " in one line: put the value in quotes'),
+            (f"{JOB}  # c: d\n   init: true\n", f'4:4: "init" begins in column 4, the one above in column 3: {ALIGN}'),
             ("  - name: a\n    image: b\n- name: c\n",
              f'3:1: "- name" begins in column 1, the one above in column 3: {ALIGN}'),
             (f"{JOB}  volumes:\n  /c:/d\n", '4:3: is a dash missing: did you mean "- /c:/d"?'),

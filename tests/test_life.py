@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from jobworker import container
-from jobworker.container import Answer, Engine
+from jobworker import life as life_module
+from jobworker.container import Answer, Engine, EngineAway
 from jobworker.life import End, Life
 
 
@@ -132,6 +133,32 @@ class TestLife:
     def test_one_that_could_not_be_started_has_the_complaint_of_its_command(self) -> None:
         engine = CutOff(b"", Status="created", ExitCode=0, StartedAt="0001-01-01")
         assert live_on(engine) == (End(None, "docker"), b"docker: unexpected EOF\n")
+
+    @pytest.mark.parametrize(
+        "complaint", ["Cannot connect to the Docker daemon", "failed to connect to the docker API"]
+    )
+    def test_one_whose_engine_is_not_there_is_given_up(self, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        async def command(
+            words: list[str],
+            stdin: str = "",  # noqa: ARG001
+            environment: dict[str, str] | None = None,  # noqa: ARG001
+            output: Callable[[bytes], None] | None = None,
+            deadline: float | None = None,  # noqa: ARG001
+        ) -> Answer:
+            if output:
+                output(f"docker: {complaint}\n".encode())
+            return Answer(125 if words[0] == "run" else 1, err=complaint)
+
+        async def live() -> End:
+            engine = Engine(command)
+            engine.images.add("busybox")
+            life = Life(engine, {"job": {"image": "busybox"}}, "job", "container")
+            return await asyncio.wait_for(life.run({}, {}, [], 2), 10)
+
+        for module in (container, life_module):
+            monkeypatch.setattr(module, "ENGINE_PATIENCE_SECONDS", 0)
+        with pytest.raises(EngineAway):
+            asyncio.run(live())
 
     def test_one_is_not_started_again_where_the_engine_does_not_tell_of_its_image(
         self, monkeypatch: pytest.MonkeyPatch

@@ -340,8 +340,10 @@ class TestNames:
         server.start()
         until(lambda: server.get("/healthz"))
         assert server.state(job) == "running"
-        with ScriptedWorker(server, "version-1-0a1b2c3d", jobs=((job, attempt, "running"),)) as worker:
-            assert worker.next(protocol.Logged).job == job
+        for _ in range(2):  # after the server's restart, and after the connection's end
+            with ScriptedWorker(server, "version-1-0a1b2c3d", jobs=((job, attempt, "running"),)) as worker:
+                assert worker.next(protocol.Logged).job == job
+            until(lambda: server.get("/api/workers") == [])
 
 
 class TestClock:
