@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
 SIMULATION = "the simulation"
-HISTORIES = 300
+HISTORIES = 1_000
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Mutant:
 
 
 # What the simulation finds, too: of the store, the dispatcher, sessions and attempts. Not what only a worker meets that
-# breaks the protocol, nor what breaks no promise that it counts, such as a stop that is said again.
+# breaks the protocol, nor what breaks no promise that it counts.
 SIMULATED = {
     "what follows a success",
     "overlap",
@@ -71,6 +71,7 @@ SIMULATED = {
     "the log after a new connection",
     "a killed docker",
     "lost after the grace",
+    "stop is said again",
     "retries' bound",
     "a delay is a duration",
     "a jump is seen",

@@ -61,6 +61,7 @@ JOBS = {
     "leaves": JobConfig("leaves", "busybox", "true", parameters=PLAN),
     "tagged": JobConfig("tagged", "busybox", "true", tags=("big",), parameters=PLAN),
     "foreign": JobConfig("foreign", "alpine", "true", parameters=PLAN),
+    "endless": JobConfig("endless", "busybox", "true", parameters=PLAN),  # which only a DELETE ends
     "old": JobConfig("old", "busybox", "true"),  # which a worker of version 1 can take
 }
 
@@ -679,6 +680,8 @@ class World:
         self.hosts: list[Host] = []
         self.starts: list[Start] = []
         self.accepted: dict[int, str] = {}
+        self.cancelled: dict[int, float] = {}  # when the DELETE of a job was first answered
+        self.calm_at = 0.0  # when all was mended
         self.keep = KEEP_SECONDS if seed % PRUNED == 1 else 0.0
         self.was_far = False  # its clock
         self.disk_failed_at = -100.0

@@ -4,6 +4,7 @@ It reads the database and the ledgers of engines and people; it makes nothing ha
 """
 
 import itertools
+import math
 import sqlite3
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ LOG_BYTES = logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES
 FOR_ALL = {job.name for job in JOBS.values() if not (job.tags or job.concurrency or job.name == "leaves")}
 SLACK_BYTES = 4 * LOG_PIECE_BYTES
 COMMIT_SECONDS = 0.06  # between what a commit is told and the commit
+STOP_SECONDS = 120.0  # in calm, from when a container has to end; a silent link alone takes a quarter of it
 
 LOOK = "SELECT state, name, cause, due_at, reason, priority, failures, worker FROM job WHERE id = ?"
 LATEST_ATTEMPT = "SELECT reason, worker FROM attempt WHERE job = ? ORDER BY attempt DESC LIMIT 1"
@@ -153,6 +155,7 @@ class Promises(Commits):
             starts[line.job].append(line)
         for job, row in rows.items():
             self._check_starts(db, row, [line for line in starts[job] if line.attempt])
+            self._check_end(row, [line for line in starts[job] if line.attempt])
             self._check_follow_up(row)
             if (row["worker_name"] or "").startswith("version-1-"):
                 self._check_original(row, starts[job])
@@ -190,6 +193,18 @@ class Promises(Commits):
                 if (first.ended is None or first.ended > second.began) and ended.get(lower) != "lost":
                     raise Broken(f"promise 3: attempts {first.attempt} and {second.attempt} of job {job} overlap")
             self.world.count("checked: promise 3 of a second attempt")
+
+    def _check_end(self, row: sqlite3.Row, starts: list[Start]) -> None:
+        """Promise 6: after DELETE, or past its timeout, a container ends."""
+        cancelled, timeout = self.world.cancelled.get(row["id"], math.inf), JOBS[row["name"]].timeout or math.inf
+        for line in starts:
+            due = max(min(cancelled, line.began + timeout), line.began, self.world.calm_at)
+            if due == math.inf:
+                continue
+            ended = self.world.now() if line.ended is None else line.ended
+            if ended - due > STOP_SECONDS:
+                raise Broken(f"promise 6: a container of job {row['id']} went on for {ended - due:.0f} s")
+            self.world.count(f"checked: promise 6, {'DELETE' if cancelled < line.began + timeout else 'timeout'}")
 
     def _check_schedule(self, db: state.Database, rows: dict[int, sqlite3.Row]) -> None:
         """Promise 12: a due time gets at most one job, and none is left undealt with."""

@@ -60,7 +60,8 @@ class History(World):
         self.asked: defaultdict[str, set[str]] = defaultdict(set)  # by idempotency key: what it was asked with
         self.answered: dict[str, tuple[str, list[int]]] = {}
         self.faults: list[Callable[[], None]] = [
-            self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel, self.retry,
+            self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel,
+            self.cancel_endless, self.cancel_endless, self.cancel_endless, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
             self.go_off_line, self.go_slow, self.go_slow,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
@@ -77,7 +78,8 @@ class History(World):
         self.ask(self.note_accepted, state.add, jobs)
 
     def variables(self, name: str) -> dict[str, str] | None:
-        endless = {"seconds": 1e6} if JOBS[name].timeout and self.chance.random() < 0.3 else {}
+        is_endless = name == "endless" or (JOBS[name].timeout and self.chance.random() < 0.3)
+        endless = {"seconds": 1e6} if is_endless else {}
         return {"PLAN": json.dumps(self.plan() | endless)} if JOBS[name].parameters else None
 
     def post_list(self) -> None:
@@ -142,8 +144,20 @@ class History(World):
         return self.chance.choice(sorted(self.accepted) or [1])
 
     def cancel(self) -> None:
-        job = self.some_job()
-        self.ask(lambda _row: self.tell(f"job {job} is to be cancelled"), state.cancel, job)
+        self.delete(self.some_job())
+
+    def cancel_endless(self) -> None:
+        """DELETE each that nothing else ends, but once: one that was told to end has to."""
+        for job, row in self.rows().items() if self.server else ():
+            if row["name"] == "endless" and row["state"] not in FINAL and not row["cancelling"]:
+                self.delete(job)
+
+    def delete(self, job: int) -> None:
+        def answered(_row: sqlite3.Row) -> None:
+            self.cancelled.setdefault(job, self.now())
+            self.tell(f"job {job} is to be cancelled")
+
+        self.ask(answered, state.cancel, job)
 
     def retry(self) -> None:
         def again(row: sqlite3.Row) -> None:
@@ -270,10 +284,12 @@ class History(World):
             host.engine.mute.clear()
             host.start()
         self.tell("calm")
-        deadline = self.now() + CALM_SECONDS
+        self.calm_at = self.now()
+        deadline = self.calm_at + CALM_SECONDS
         while left := self.what_is_left():
             if self.now() > deadline:
                 raise Broken(f"after {CALM_SECONDS} s of calm: {left}")
+            self.cancel_endless()
             await asyncio.sleep(2)
         self.promises.check()
 
