@@ -124,7 +124,7 @@ class Reader:
 ReaderOf = Callable[..., Reader]
 
 
-@pytest.fixture(scope="class")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     expect.set_options(timeout=10_000)
     with sync_playwright() as playwright:

@@ -91,6 +91,18 @@ def is_closed(peer: ClientConnection, seconds: float = 5) -> bool:
     return False
 
 
+def let_go(server: Server) -> None:
+    """End all jobs of a server that tests share, and at once those that a scripted worker took along when it left."""
+    if server.process.poll() is not None:
+        server.start()
+    until(lambda: server.get("/api/workers") == [])
+    server.http("DELETE", "/api/jobs?state=queued,assigned,running")
+    for name in {job["worker"] for job in server.get("/api/jobs?state=running&full=1")}:
+        with ScriptedWorker(server, name):  # it knows none of its jobs any more
+            pass
+    until(lambda: server.get("/api/jobs?state=queued,assigned,running&limit=1") == [])
+
+
 class ScriptedServer:
     """A server that does what the test says; version 1 like the original program, or version 2."""
 

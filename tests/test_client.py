@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from websockets.protocol import State
@@ -16,6 +17,7 @@ from tests.peers import (
     ScriptedWorker,
 )
 from tests.stage import (
+    Docker,
     Server,
     Stage,
     Worker,
@@ -23,56 +25,81 @@ from tests.stage import (
 )
 
 
+def said_about(server: ScriptedServer, *jobs: int) -> list[Any]:
+    return [message for message in server.received if message.job in jobs]
+
+
 class TestVersion1Server:
     """Our worker against the original's server."""
 
-    def test_it_runs_what_it_is_told_and_says_so(self, stage: Stage) -> None:
-        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
-            stage.worker(server)
-            server.send(protocol.Enqueue(7, "a"))
-            server.wait_for(protocol.JobSuccess(7))
-            assert server.received == [protocol.JobRunning(7), protocol.JobSuccess(7)]
-            [run] = stage.docker.ledger("run")
-            assert run[-2:] == ["--", "hello-world"]
-            until(lambda: stage.docker.containers() == [])
+    IMAGES: ClassVar = {"a": "hello-world", "missing": "missing", "oom": "oom"}
 
-    def test_a_command_is_one_argument_whatever_it_holds(self, stage: Stage) -> None:
-        with ScriptedServer({"name": "a", "image": "busybox", "command": "echo 'a b' c"}) as server:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def both(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[ScriptedServer, Docker]]:
+        """A server and its worker, for tests whose jobs have ids of their own and that leave the two connected."""
+        configs = [{"name": name, "image": image, "command": None} for name, image in cls.IMAGES.items()]
+        configs.append({"name": "words", "image": "busybox", "command": "echo 'a b' c"})
+        with contextlib.closing(Stage(tmp_path_factory.mktemp("both"))) as stage, ScriptedServer(*configs) as server:
             stage.worker(server)
-            server.send(protocol.Enqueue(1, "a"))
-            server.wait_for(protocol.JobFailure(1))
-            assert stage.docker.ledger("run")[0][-3:] == ["--", "busybox", "echo 'a b' c"]
+            yield server, stage.docker
 
-    @pytest.mark.parametrize("image", ["missing", "oom"])
-    def test_a_job_that_fails_is_a_failure(self, stage: Stage, image: str) -> None:
-        with ScriptedServer({"name": "a", "image": image, "command": None}) as server:
-            stage.worker(server)
-            server.send(protocol.Enqueue(1, "a"))
-            server.wait_for(protocol.JobFailure(1))
-            until(lambda: stage.docker.containers() == [])
+    def test_it_runs_what_it_is_told_and_says_so(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, docker = both
+        server.send(protocol.Enqueue(7, "a"))
+        server.wait_for(protocol.JobSuccess(7))
+        assert said_about(server, 7) == [protocol.JobRunning(7), protocol.JobSuccess(7)]
+        [run] = docker.ledger("run", 7)
+        assert run[-2:] == ["--", "hello-world"]
+        until(lambda: docker.containers() == [])
 
-    def test_an_unknown_name_is_a_failure(self, stage: Stage) -> None:
-        with ScriptedServer() as server:
-            stage.worker(server)
-            server.send(protocol.Enqueue(1, "a"))
-            server.wait_for(protocol.JobFailure(1))
-            assert stage.docker.starts() == 0
+    def test_a_command_is_one_argument_whatever_it_holds(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, docker = both
+        server.send(protocol.Enqueue(8, "words"))
+        server.wait_for(protocol.JobFailure(8))
+        assert docker.ledger("run", 8)[0][-3:] == ["--", "busybox", "echo 'a b' c"]
 
-    def test_jobs_run_one_after_the_other(self, stage: Stage) -> None:
-        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
-            stage.worker(server)
-            for job in (1, 2, 3):
-                server.send(protocol.Enqueue(job, "a"))
-            server.wait_for(protocol.JobSuccess(3))
-            assert server.received == [
-                kind(job) for job in (1, 2, 3) for kind in (protocol.JobRunning, protocol.JobSuccess)
-            ]
+    @pytest.mark.parametrize(("image", "job"), [("missing", 9), ("oom", 10)], ids=["missing", "oom"])
+    def test_a_job_that_fails_is_a_failure(self, both: tuple[ScriptedServer, Docker], image: str, job: int) -> None:
+        server, docker = both
+        server.send(protocol.Enqueue(job, image))
+        server.wait_for(protocol.JobFailure(job))
+        until(lambda: docker.containers() == [])
 
-    def test_text_frames_are_read_like_binary_ones(self, stage: Stage) -> None:
-        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
-            stage.worker(server)
-            server.send(protocol.encode(protocol.Enqueue(1, "a")).decode())
-            server.wait_for(protocol.JobSuccess(1))
+    def test_an_unknown_name_is_a_failure(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, docker = both
+        server.send(protocol.Enqueue(11, "unknown"))
+        server.wait_for(protocol.JobFailure(11))
+        assert docker.starts(11) == 0
+
+    def test_jobs_run_one_after_the_other(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, _ = both
+        jobs = (12, 13, 14)
+        for job in jobs:
+            server.send(protocol.Enqueue(job, "a"))
+        server.wait_for(protocol.JobSuccess(14))
+        assert said_about(server, *jobs) == [
+            kind(job) for job in jobs for kind in (protocol.JobRunning, protocol.JobSuccess)
+        ]
+
+    def test_text_frames_are_read_like_binary_ones(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, _ = both
+        server.send(protocol.encode(protocol.Enqueue(15, "a")).decode())
+        server.wait_for(protocol.JobSuccess(15))
+
+    def test_unknown_tags_and_empty_frames_are_ignored(self, both: tuple[ScriptedServer, Docker]) -> None:
+        server, _ = both
+        for frame in (
+            b"",
+            b"\0",
+            b"\3\0\0\0\1",
+            b"\x10\0",
+            b"\xff",
+            protocol.encode(protocol.Enqueue(16, "a")) + b"zz",
+        ):
+            server.send(frame)
+        server.wait_for(protocol.JobSuccess(16))
+        assert len(server.dials) == 1
 
     def test_the_same_id_from_a_restarted_server_runs_again(self, stage: Stage) -> None:
         with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
@@ -108,21 +135,6 @@ class TestVersion1Server:
             server.send(protocol.Enqueue(1, "a"))
             server.wait_for(protocol.JobSuccess(1))
             assert "Traceback" not in worker.stderr
-
-    def test_unknown_tags_and_empty_frames_are_ignored(self, stage: Stage) -> None:
-        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
-            stage.worker(server)
-            for frame in (
-                b"",
-                b"\0",
-                b"\3\0\0\0\1",
-                b"\x10\0",
-                b"\xff",
-                protocol.encode(protocol.Enqueue(1, "a")) + b"zz",
-            ):
-                server.send(frame)
-            server.wait_for(protocol.JobSuccess(1))
-            assert len(server.dials) == 1
 
     def test_a_server_that_hangs_up_at_once_is_not_dialled_in_a_frenzy(self, stage: Stage) -> None:
         with ScriptedServer(hangs_up=True) as server:

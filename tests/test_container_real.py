@@ -1,4 +1,4 @@
-"""What each key of jobs.yaml does to a real container: one `docker run`, or `podman run`, a test."""
+"""What each key of jobs.yaml does to a real container, by `docker run` and by `podman run`."""
 
 import json
 import os
@@ -46,8 +46,8 @@ class Container:
 
 
 class Runner:
-    def __init__(self, engine: Engine, tmp_path: Path) -> None:
-        self.engine, self.tmp_path, self.names = engine, tmp_path, list[str]()
+    def __init__(self, engine: Engine, names: list[str], tmp_path: Path) -> None:
+        self.engine, self.names, self.tmp_path = engine, names, tmp_path
 
     def __call__(self, keys: str, environment: dict[str, str] | None = None, version: int = 2) -> Container:
         container = Container(self.engine, keys, self.tmp_path, environment or {}, version)
@@ -55,12 +55,53 @@ class Runner:
         return container
 
 
+@pytest.fixture(scope="module")
+def names(engine: Engine) -> Iterator[list[str]]:
+    """The containers of all tests, removed by one command at the end: it takes as long as a test."""
+    names: list[str] = []
+    yield names
+    engine("rm", "-f", "-v", *names)
+
+
 @pytest.fixture
-def run(engine: Engine, tmp_path: Path) -> Iterator[Runner]:
-    runner = Runner(engine, tmp_path)
-    yield runner
-    for name in runner.names:
-        engine("rm", "-f", "-v", name)
+def run(engine: Engine, names: list[str], tmp_path: Path) -> Runner:
+    return Runner(engine, names, tmp_path)
+
+
+VALUES = [
+    "plain",
+    "",
+    " a  b ",
+    "a=b=c",
+    "#x",
+    "'\"$`\\",
+    "two\nlines\n",
+    "tab\tcr\r",
+    "é 日本 🎉 \u202e \u00a0",
+    "x" * 30_000,
+]
+# fmt: off
+READ_BY_DOCKER = {
+    "HOME": "/weird #1 'x'", "LD_PRELOAD": "/none.so", "DOCKER_HOST": "tcp://127.0.0.1:1",
+    "GODEBUG": "http2debug=2", "HTTP_PROXY": "http://127.0.0.1:1", "DOCKER_CONFIG": "/none",
+    "DOCKER_CONTEXT": "none", "TMPDIR": "/none",
+    "XDG_RUNTIME_DIR": "/none", "SSL_CERT_FILE": "/none", "DOCKER_TLS_VERIFY": "1", "LANG": "日本 = 'x'",
+}
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def with_values(engine: Engine, names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Container:
+    """A container that has each value under each name, with the value's number behind the name."""
+    given = {f"{name}{number}": value for name in ("VALUE", "A.B-c") for number, value in enumerate(VALUES)}
+    keys = "command: env\nparameters:" + "".join(f"\n  {name}:" for name in given)
+    return Runner(engine, names, tmp_path_factory.mktemp("values"))(keys, given)
+
+
+@pytest.fixture(scope="module")
+def with_what_docker_reads(engine: Engine, names: list[str], tmp_path_factory: pytest.TempPathFactory) -> Container:
+    keys = f"command: [/bin/busybox, env]\nenvironment: {json.dumps(READ_BY_DOCKER)}"
+    return Runner(engine, names, tmp_path_factory.mktemp("read"))(keys)
 
 
 class TestRealContainers:
@@ -89,39 +130,17 @@ class TestRealContainers:
     def test_an_empty_entrypoint_leaves_the_command_alone(self, run: Runner) -> None:
         assert run("entrypoint: ''\ncommand: echo hi").output == "hi\n"
 
-    @pytest.mark.parametrize(
-        "value",
-        [
-            "plain",
-            "",
-            " a  b ",
-            "a=b=c",
-            "#x",
-            "'\"$`\\",
-            "two\nlines\n",
-            "tab\tcr\r",
-            "é 日本 🎉 \u202e \u00a0",
-            "x" * 30_000,
-        ],
-    )
+    @pytest.mark.parametrize("value", VALUES)
     @pytest.mark.parametrize("name", ["VALUE", "A.B-c"])
-    def test_a_value_arrives_byte_for_byte(self, name: str, value: str, run: Runner) -> None:
-        container = run("command: env\nparameters:\n  VALUE:\n  A.B-c:", {name: value})
-        assert f"{name}={value}\n" in container.output
+    def test_a_value_arrives_byte_for_byte(self, name: str, value: str, with_values: Container) -> None:
+        assert f"{name}{VALUES.index(value)}={value}\n" in with_values.output
 
-    @pytest.mark.parametrize(
-        ("name", "value"),
-        [("HOME", "/weird #1 'x'"), ("LD_PRELOAD", "/none.so"), ("DOCKER_HOST", "tcp://127.0.0.1:1"),
-         ("GODEBUG", "http2debug=2"), ("HTTP_PROXY", "http://127.0.0.1:1"), ("DOCKER_CONFIG", "/none"),
-         ("DOCKER_CONTEXT", "none"), ("TMPDIR", "/none"),
-         ("XDG_RUNTIME_DIR", "/none"), ("SSL_CERT_FILE", "/none"), ("DOCKER_TLS_VERIFY", "1"), ("LANG", "日本 = 'x'")],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("name", "value"), READ_BY_DOCKER.items())
     def test_a_variable_that_docker_reads_reaches_the_job_and_not_docker(
-        self, name: str, value: str, run: Runner
+        self, name: str, value: str, with_what_docker_reads: Container
     ) -> None:
-        container = run(f"command: [/bin/busybox, env]\nenvironment:\n  {name}: {json.dumps(value)}")
-        assert container.code == 0
-        assert f"{name}={value}\n" in container.output
+        assert with_what_docker_reads.code == 0
+        assert f"{name}={value}\n" in with_what_docker_reads.output
 
     def test_path_is_the_jobs_own(self, run: Runner) -> None:
         container = run("command: [/bin/busybox, env]\nenvironment: [PATH=/nowhere]")

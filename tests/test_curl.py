@@ -7,7 +7,9 @@ import json
 import re
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +19,7 @@ from jobworker import api, lists, state
 from jobworker.config import Configs, JobConfig
 from jobworker.store import Store
 from tests.peers import ScriptedWorker
-from tests.stage import ROOT, Server, Stage, problem, until
+from tests.stage import ROOT, Server, Stage, all_ended, problem, until
 from tests.test_state import arrival
 
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
@@ -34,14 +36,36 @@ JOBS = """
 
 
 @pytest.fixture
-def server(stage: Stage) -> Server:
+def fresh(stage: Stage) -> Server:
     return stage.server("--hold", jobs=JOBS)
 
 
+@pytest.fixture(scope="module")
+def held(shared: Stage) -> Server:
+    return shared.server("--hold", jobs=JOBS)
+
+
 @pytest.fixture
-def worked(stage: Stage, server: Server) -> Server:
-    stage.worker(server, "--slots", "4", name="box-1")
-    return server
+def server(held: Server) -> Iterator[Server]:
+    """One that no worker takes a job from; those of other tests are final."""
+    yield held
+    held.http("DELETE", "/api/jobs?state=queued")
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with contextlib.closing(Stage(tmp_path_factory.mktemp("box"))) as stage:
+        server = stage.server("--hold", jobs=JOBS)
+        stage.worker(server, "--slots", "4", name="box-1")
+        yield server
+
+
+@pytest.fixture
+def worked(box: Server) -> Iterator[Server]:
+    """One with a worker; the jobs of other tests are final."""
+    yield box
+    box.http("DELETE", "/api/jobs?state=queued,assigned,running")
+    all_ended(box)
 
 
 class TestForm:
@@ -108,16 +132,16 @@ class TestFilters:
         return [job["name"] for job in server.get(f"/api/jobs?{query}")]
 
     def test_a_part_of_the_name_in_capitals_or_not(self, server: Server) -> None:
-        for name in ("quick", "told", "greeting", "quick"):
-            server.post(name)
-        assert self.names(server, "q=I") == ["quick", "greeting", "quick"]
+        first, *_, last = [server.post(name) for name in ("quick", "told", "greeting", "quick")]
+        assert self.names(server, f"q=I&after={first - 1}") == ["quick", "greeting", "quick"]
         assert self.names(server, "q=i&name=quick&limit=1") == ["quick"]
-        assert self.names(server, "q=i&before=4&limit=1") == ["greeting"]
+        assert self.names(server, f"q=i&before={last}&limit=1") == ["greeting"]
         assert self.names(server, "q=%25") == self.names(server, "q=i&state=running") == []
 
     def test_its_worker(self, worked: Server) -> None:
-        worked.ended(worked.post("told"))
-        assert self.names(worked, "worker=box-1") == ["told"]
+        job = worked.post("told")
+        worked.ended(job)
+        assert self.names(worked, f"worker=box-1&after={job - 1}") == ["told"]
         assert self.names(worked, "worker=box-2") == self.names(worked, "worker=box-1&state=queued") == []
 
     def test_its_cause(self, worked: Server) -> None:
@@ -126,15 +150,16 @@ class TestFilters:
         worked.post("told")
         (follower,) = worked.get(f"/api/jobs?cause={job}&full=1")
         assert (follower["name"], follower["cause"]) == ("told", job)
-        assert self.names(worked, "cause=99") == []
+        assert self.names(worked, f"cause={follower['id']}") == []
 
     def test_when_it_ended(self, worked: Server) -> None:
-        worked.ended(worked.post("told"))
+        first = worked.post("told")
+        worked.ended(first)
         between = datetime.now(UTC)
         until(lambda: datetime.now(UTC) > between)
         worked.post("told", delay=100)
         job = worked.ended(worked.post("fails"))
-        until(lambda: len(worked.get("/api/jobs?state=success")) == 2)
+        until(lambda: len(worked.get(f"/api/jobs?state=success&after={first - 1}")) == 2)
         assert self.names(worked, f"ended_after={quote(between.isoformat())}") == ["fails", "told"]
         assert self.names(worked, f"state=failure&ended_after={quote(between.isoformat())}") == ["fails"]
         assert self.names(worked, "ended_after=2100-01-01T00:00Z") == []
@@ -148,29 +173,30 @@ class TestFilters:
 class TestBulk:
     """Many jobs at once."""
 
-    def test_all_that_failed_run_again(self, worked: Server) -> None:
-        failed = [worked.post("fails") for _ in range(3)]
+    def test_all_that_failed_run_again(self, stage: Stage, fresh: Server) -> None:
+        stage.worker(fresh, "--slots", "4")
+        failed = [fresh.post("fails") for _ in range(3)]
         for job in failed:
-            worked.ended(job)
-        until(lambda: len(worked.get("/api/jobs?state=success&name=told")) == 3)
-        reply = worked.http("POST", "/api/jobs?retry=failure,cancelled&name=fails")
+            fresh.ended(job)
+        until(lambda: len(fresh.get("/api/jobs?state=success&name=told")) == 3)
+        reply = fresh.http("POST", "/api/jobs?retry=failure,cancelled&name=fails")
         assert (reply.status, reply.json) == (200, {"queued": 3, "refused": []})
-        until(lambda: len(worked.get("/api/jobs?state=failure&name=fails")) == 6)
+        until(lambda: len(fresh.get("/api/jobs?state=failure&name=fails")) == 6)
 
-    def test_more_than_a_piece_and_none_of_those_that_it_makes(self, server: Server) -> None:
-        server.http("POST", "/api/jobs", [{"name": "quick"}] * 1_100)
-        assert server.http("DELETE", "/api/jobs?state=queued&name=told").json == {"cancelled": 0}
-        assert server.http("DELETE", "/api/jobs?state=queued&name=quick").json == {"cancelled": 1_100}
-        assert server.http("POST", "/api/jobs?retry=cancelled").json == {"queued": 1_100, "refused": []}
-        assert len(server.get("/api/jobs?state=queued")) == 1_100
+    def test_more_than_a_piece_and_none_of_those_that_it_makes(self, fresh: Server) -> None:
+        fresh.http("POST", "/api/jobs", [{"name": "quick"}] * 1_100)
+        assert fresh.http("DELETE", "/api/jobs?state=queued&name=told").json == {"cancelled": 0}
+        assert fresh.http("DELETE", "/api/jobs?state=queued&name=quick").json == {"cancelled": 1_100}
+        assert fresh.http("POST", "/api/jobs?retry=cancelled").json == {"queued": 1_100, "refused": []}
+        assert len(fresh.get("/api/jobs?state=queued")) == 1_100
 
-    def test_what_jobs_yaml_has_no_more_is_refused_one_by_one(self, stage: Stage, server: Server) -> None:
-        first = server.http("POST", "/api/jobs", [{"name": "quick"}, {"name": "told"}]).json[0]["id"]
-        server.http("DELETE", "/api/jobs?state=queued")
-        server.kill()
+    def test_what_jobs_yaml_has_no_more_is_refused_one_by_one(self, stage: Stage, fresh: Server) -> None:
+        first = fresh.http("POST", "/api/jobs", [{"name": "quick"}, {"name": "told"}]).json[0]["id"]
+        fresh.http("DELETE", "/api/jobs?state=queued")
+        fresh.kill()
         stage.jobs.write_text("- {name: told, image: busybox}")
-        server.start()
-        reply = server.http("POST", "/api/jobs?retry=cancelled").json
+        fresh.start()
+        reply = fresh.http("POST", "/api/jobs?retry=cancelled").json
         assert reply["queued"] == 1
         assert [each["id"] for each in reply["refused"]] == [first]
         assert "no job named 'quick'" in reply["refused"][0]["detail"]
@@ -217,13 +243,14 @@ class TestBulk:
     def test_states_that_do_not_fit_are_400(self, server: Server, method: str, query: str, words: str) -> None:
         assert words in problem(server.http(method, f"/api/jobs{query}"), 400)
 
-    def test_a_retried_follow_up_keeps_its_cause(self, worked: Server) -> None:
-        job = worked.post("quick")
-        until(lambda: worked.get(f"/api/jobs?cause={job}&state=success"))
-        worked.http("POST", "/api/jobs?retry=success&name=told")
-        until(lambda: len(worked.get(f"/api/jobs?cause={job}&state=success")) == 2)
-        for follower in worked.get(f"/api/jobs?cause={job}"):
-            assert f"JOBWORKER_CAUSE_ID={job}".encode() in worked.log(follower["id"])
+    def test_a_retried_follow_up_keeps_its_cause(self, stage: Stage, fresh: Server) -> None:
+        stage.worker(fresh, "--slots", "4")
+        job = fresh.post("quick")
+        until(lambda: fresh.get(f"/api/jobs?cause={job}&state=success"))
+        fresh.http("POST", "/api/jobs?retry=success&name=told")
+        until(lambda: len(fresh.get(f"/api/jobs?cause={job}&state=success")) == 2)
+        for follower in fresh.get(f"/api/jobs?cause={job}"):
+            assert f"JOBWORKER_CAUSE_ID={job}".encode() in fresh.log(follower["id"])
 
 
 class TestMeant:
@@ -317,8 +344,8 @@ class TestScript:
         assert done.returncode == 22
         assert "424" in done.stderr
 
-    def test_the_log_comes_as_it_is_written(self, worked: Server, stage: Stage) -> None:
-        flag = stage.folder / "go-on"
+    def test_the_log_comes_as_it_is_written(self, worked: Server, tmp_path: Path) -> None:
+        flag = tmp_path / "go-on"
         start = time.monotonic()
         assert self.LINES
         script = self.LINES[1].replace("localhost:8080", f"127.0.0.1:{worked.port}").replace("greeting", "sh")

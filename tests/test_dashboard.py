@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,9 +69,10 @@ class TestDashboardAtAGlance:
         expect(page.get_by_role("heading", name="Failed jobs")).to_be_visible()
         expect(row_of(page, failed)).to_be_visible()
 
-    def test_a_job_shows_up_and_changes_by_itself(self, page: Page, site: Server) -> None:
-        job = site.sh("sleep 3; exit 3")
+    def test_a_job_shows_up_and_changes_by_itself(self, page: Page, site: Server, tmp_path: Path) -> None:
+        job = site.sh(f"until [ -e {tmp_path}/go ]; do sleep 0.02; done; exit 3")
         expect(row_of(page, job)).to_contain_text("Running")
+        (tmp_path / "go").touch()
         expect(row_of(page, job)).to_contain_text("Failure")
         expect(row_of(page, job)).to_contain_text("exit 3")
         expect(page.get_by_role("row").nth(1)).to_contain_text(f"#{job}")
@@ -189,12 +192,15 @@ class TestDashboardActs:
         assert len(site.get("/api/jobs")) == jobs + 1
 
     @in_every_look
-    def test_a_running_jobs_log_is_followed(self, page: Page, site: Server) -> None:
-        job = site.sh("for i in 1 2 3; do echo line $i; sleep 0.5; done; printf unended; sleep 0.5; echo; echo the end")
+    def test_a_running_jobs_log_is_followed(self, page: Page, site: Server, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "fifo")
+        job = site.sh(f"cat {tmp_path}/fifo")
         drawer = open_job(page, job)
         log = drawer.get_by_role("region", name="Log")
-        for text in ("line 1", "line 3", "unended", "the end"):
-            expect(log).to_contain_text(text)
+        with (tmp_path / "fifo").open("wb", buffering=0) as fifo:
+            for text in ("line 1\n", "line 2\nline 3\n", "unended", "\nthe end\n"):
+                fifo.write(text.encode())
+                expect(log).to_contain_text(text.strip())
         expect(drawer).to_contain_text("Success")
         expect(drawer).to_contain_text("5 lines")
 

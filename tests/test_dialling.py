@@ -18,7 +18,7 @@ from websockets.http11 import Response
 
 from jobworker.dialling import REMIND_SECONDS, Complaints, destination, explain
 from tests.peers import ScriptedServer
-from tests.stage import HasPort, Stage, until
+from tests.stage import HasPort, Server, Stage, until
 
 PLACE = "ws://box:8080/runner"
 
@@ -151,9 +151,8 @@ class TestWorker:
     """A worker says once what keeps it from its server, and goes on trying."""
 
     @pytest.mark.parametrize("form", ["http://127.0.0.1:{}/", "127.0.0.1:{}", "ws://127.0.0.1:{}/runner"])
-    def test_it_takes_what_people_write(self, stage: Stage, form: str) -> None:
-        server = stage.server()
-        stage.worker(server, target=form.format(server.port))
+    def test_it_takes_what_people_write(self, stage: Stage, idle: Server, form: str) -> None:
+        stage.worker(idle, target=form.format(idle.port))
 
     def test_a_wrong_path_is_told_clearly_and_once(self, stage: Stage, site: HasPort) -> None:
         self.is_told(
@@ -170,9 +169,8 @@ class TestWorker:
         until(lambda: Site.asked >= before + 2)
         assert worker.stderr.count("\n") == 1
 
-    def test_a_wrong_path_of_a_server_of_ours_is_told(self, stage: Stage) -> None:
-        server = stage.server()
-        worker = stage.worker(server, target=f"127.0.0.1:{server.port}/runner/", connects=False)
+    def test_a_wrong_path_of_a_server_of_ours_is_told(self, stage: Stage, idle: Server) -> None:
+        worker = stage.worker(idle, target=f"127.0.0.1:{idle.port}/runner/", connects=False)
         until(lambda: worker.said(r"no jobworker server answers at \S+/runner/, but HTTP 404"))
 
     def test_nobody_there_is_told_once_and_in_plain_words(self, stage: Stage) -> None:

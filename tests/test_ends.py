@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import protocol
 from jobworker.api import description
 from jobworker.ends import REASONS, End, how_long, line_of, why
 from tests.peers import ScriptedServer, ScriptedWorker
-from tests.stage import JOBS, ROOT, Server, Stage, until
+from tests.stage import JOBS, ROOT, Server, Stage, Worker, until
 
 # fmt: off
 DEFAULT: dict[str, Any] = {
@@ -99,6 +101,12 @@ def said(program: Any, words: str) -> None:
 class TestServersLog:
     """`grep failed` tells what failed last night."""
 
+    @pytest.fixture(scope="class")
+    @classmethod
+    def server(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+        with contextlib.closing(Stage(tmp_path_factory.mktemp("server"))) as stage:
+            yield stage.server("--hold")
+
     def test_each_end_is_a_line(self, stage: Stage) -> None:
         server = stage.server(jobs=f"{JOBS}- {{name: again, image: busybox, command: sh -c 'exit 7', retries: 1}}\n")
         stage.worker(server, name="build-2")
@@ -112,8 +120,7 @@ class TestServersLog:
         said(server, rf"job {again} \(again\) failed on build-2 after \d\.\ds: exit 7, attempt 2 of 2")
         assert len(re.findall(r"\bfailed\b", server.stderr)) == 3
 
-    def test_it_is_written_once_the_end_is_on_disk(self, stage: Stage) -> None:
-        server = stage.server()
+    def test_it_is_written_once_the_end_is_on_disk(self, server: Server) -> None:
         with ScriptedWorker(server, "one") as worker:
             job = server.post("quick")
             worker.runs()
@@ -135,16 +142,14 @@ class TestServersLog:
             server, rf"job {job} \(quick\) failed on one after \d\.\ds: lost \(its worker went and did not come back\)"
         )
 
-    def test_one_that_its_worker_forgot_is_a_line(self, stage: Stage) -> None:
-        server = stage.server()
+    def test_one_that_its_worker_forgot_is_a_line(self, server: Server) -> None:
         with ScriptedWorker(server, "one") as worker:
             job = server.post("quick")
             worker.runs()
             with ScriptedWorker(server, "one"):
                 said(server, rf"job {job} \(quick\) failed on one after \d\.\ds: lost \(.*\)")
 
-    def test_a_cancelled_one_is_a_line(self, stage: Stage) -> None:
-        server = stage.server("--hold")
+    def test_a_cancelled_one_is_a_line(self, server: Server) -> None:
         job = server.post("quick")
         server.http("DELETE", f"/api/jobs/{job}")
         said(server, rf"job {job} \(quick\) was cancelled while it waited")
@@ -164,39 +169,42 @@ class TestServersLog:
         memory = stage.server("--database", ":memory:")
         assert memory.said("; no database: all is forgotten at the end; ")
 
-    def test_a_worker_that_drains_is_said_to(self, stage: Stage) -> None:
-        server = stage.server()
-        with ScriptedWorker(server, "one") as worker:
-            said(server, r"worker one connected from \S+, 1 slots")
+    def test_a_worker_that_drains_is_said_to(self, server: Server) -> None:
+        with ScriptedWorker(server, "last") as worker:
+            said(server, r"worker last connected from \S+, 1 slots")
             job = server.post("quick")
             worker.runs()
-            worker.send(protocol.Hello("one", 0, (), "0", ((job, 1, "running"),)))
-            said(server, r"worker one at \S+ is draining: it takes no new job and ends with the 1 it has")
+            worker.send(protocol.Hello("last", 0, (), "0", ((job, 1, "running"),)))
+            said(server, r"worker last at \S+ is draining: it takes no new job and ends with the 1 it has")
         assert "0 slots" not in server.stderr
 
 
 class TestWorkersLog:
     """The worker has its own line of a job's start and its end."""
 
-    def test_start_and_end_are_lines(self, stage: Stage) -> None:
-        server = stage.server()
-        worker = stage.worker(server)
+    @pytest.fixture(scope="class")
+    @classmethod
+    def both(cls, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Worker]]:
+        with contextlib.closing(Stage(tmp_path_factory.mktemp("both"))) as stage:
+            server = stage.server(jobs=f"{JOBS}- {{name: away, image: missing}}\n")
+            yield server, stage.worker(server)
+
+    def test_start_and_end_are_lines(self, both: tuple[Server, Worker]) -> None:
+        server, worker = both
         good, bad = server.sh("true"), server.sh("exit 3")
         for job, words in ((good, "succeeded after 0.\\ds"), (bad, r"failed after 0.\ds: exit 3")):
             said(worker, rf"job {job} \(sh\) starts, as jobworker-\w+-{job}-1")
             said(worker, rf"job {job} \(sh\) {words}")
 
-    def test_a_cancelled_one_is_a_line(self, stage: Stage) -> None:
-        server = stage.server()
-        worker = stage.worker(server)
-        job = server.sh("sleep 100")
-        until(lambda: stage.docker.starts(job))
+    def test_a_cancelled_one_is_a_line(self, both: tuple[Server, Worker]) -> None:
+        server, worker = both
+        job = server.sh("echo started; sleep 100")
+        until(lambda: server.log(job))
         server.http("DELETE", f"/api/jobs/{job}")
         said(worker, rf"job {job} \(sh\) was cancelled after \d\.\ds")
 
-    def test_one_that_never_started_is_a_line(self, stage: Stage) -> None:
-        server = stage.server(jobs="- {name: away, image: missing}\n")
-        worker = stage.worker(server)
+    def test_one_that_never_started_is_a_line(self, both: tuple[Server, Worker]) -> None:
+        server, worker = both
         job = server.post("away")
         said(worker, rf"job {job} \(away\) failed: image \(the image is not there .*\)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from tests.peers import (
     VERSION_2,
     ScriptedWorker,
     is_closed,
+    let_go,
 )
 from tests.stage import (
     JOBS,
@@ -25,15 +27,37 @@ from tests.stage import (
     until,
 )
 
+QUEUES = (
+    JOBS
+    + """
+- {name: words, image: busybox, command: echo 'a b'}
+- {name: other, image: x}
+- {name: 日本語, image: busybox}
+- {name: a, image: busybox}
+- {name: b, image: busybox}
+- {name: urgent, image: busybox, priority: 5}
+- {name: two, image: busybox, concurrency: 2}
+- {name: gpu, image: busybox, tags: [gpu, big]}
+- {name: again, image: busybox, retries: 2, retry_delay: 400ms}
+- {name: strict, image: busybox, parameters: {COLOUR: {default: red}}}
+"""
+)
+
+
+@pytest.fixture(scope="module")
+def started(shared: Stage) -> Server:
+    return shared.server("--hold", "--grace", "1", jobs=QUEUES)
+
+
+@pytest.fixture
+def server(started: Server) -> Iterator[Server]:
+    """A server without workers and with no job that is not final."""
+    yield started
+    let_go(started)
+
 
 class TestVersion1Worker:
     """The original's worker against our server."""
-
-    @pytest.fixture
-    def server(self, stage: Stage) -> Server:
-        return stage.server(
-            jobs=JOBS + "- {name: words, image: busybox, command: echo 'a b'}\n- {name: other, image: x}\n"
-        )
 
     def test_it_is_told_the_configs_as_the_original_tells_them(self, server: Server) -> None:
         with connect(f"ws://127.0.0.1:{server.port}/runner", proxy=None) as worker:
@@ -63,8 +87,7 @@ class TestVersion1Worker:
             worker.send(protocol.JobFailure(job))
             assert (server.ended(job)["state"], server.job(job)["exit_code"]) == ("failure", None)
 
-    def test_it_gets_the_name_in_code_points(self, stage: Stage) -> None:
-        server = stage.server(jobs="- {name: 日本語, image: busybox}")
+    def test_it_gets_the_name_in_code_points(self, server: Server) -> None:
         with ScriptedWorker(server) as worker:
             server.http("POST", "/api/jobs/%E6%97%A5%E6%9C%AC%E8%AA%9E")
             assert worker.next(protocol.Enqueue).name == "日本語"
@@ -173,23 +196,8 @@ class TestVersion1Worker:
             assert server.ended(job)["state"] == "failure"
 
 
-QUEUES = """
-- {name: a, image: busybox}
-- {name: b, image: busybox}
-- {name: urgent, image: busybox, priority: 5}
-- {name: two, image: busybox, concurrency: 2}
-- {name: gpu, image: busybox, tags: [gpu, big]}
-- {name: again, image: busybox, retries: 2, retry_delay: 400ms}
-- {name: strict, image: busybox, parameters: {COLOUR: {default: red}}}
-"""
-
-
 class TestDispatch:
     """Which worker gets which job, and when; a version 2 worker by script against our server."""
-
-    @pytest.fixture
-    def server(self, stage: Stage) -> Server:
-        return stage.server("--hold", "--grace", "1", jobs=QUEUES)
 
     def test_the_first_in_is_the_first_out(self, server: Server) -> None:
         jobs = [server.post(name) for name in "abab"]
@@ -287,7 +295,7 @@ class TestDispatch:
         key = {"Idempotency-Key": "again"}
         first, again = (server.http("POST", f"/api/jobs/{job}/retry", headers=key) for _ in range(2))
         assert (first.status, first.json) == (again.status, again.json) == (200, first.json)
-        assert [each["id"] for each in server.get("/api/jobs")] == [job, first.json["id"]]
+        assert [each["id"] for each in server.get(f"/api/jobs?after={job - 1}")] == [job, first.json["id"]]
         other = server.http("POST", f"/api/jobs/{job}/retry", headers={"Idempotency-Key": "once more"})
         assert other.json["id"] > first.json["id"]
 
@@ -323,10 +331,6 @@ class TestDispatch:
 
 class TestVersion2Worker:
     """The two-phase start and its settlement, seen from a worker's end of the wire."""
-
-    @pytest.fixture
-    def server(self, stage: Stage) -> Server:
-        return stage.server("--hold", "--grace", "1", jobs=QUEUES)
 
     def test_go_comes_after_running_is_on_disk(self, server: Server) -> None:
         job = server.post("a")
@@ -411,10 +415,10 @@ class TestVersion2Worker:
             worker.runs()
         server.ended(job)
         with ScriptedWorker(
-            server, "w", jobs=((job, 1, "running"), (999, 1, "finished"), (job, 9, "assigned"))
+            server, "w", jobs=((job, 1, "running"), (job + 1, 1, "finished"), (job, 9, "assigned"))
         ) as worker:
             settled = {worker.next(protocol.Settled) for _ in range(3)}
-            assert settled == {protocol.Settled(job, 1), protocol.Settled(999, 1), protocol.Settled(job, 9)}
+            assert settled == {protocol.Settled(job, 1), protocol.Settled(job + 1, 1), protocol.Settled(job, 9)}
             worker.send(protocol.JobSuccess(job, 1))
             worker.next(protocol.Settled)
             assert (server.state(job), server.job(job)["reason"]) == ("failure", "lost")

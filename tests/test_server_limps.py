@@ -28,7 +28,7 @@ from jobworker.message import parse_head
 from jobworker.store import Store
 from server import MAX_FRAME_MESSAGES, MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, ScriptedWorker, is_closed
-from tests.stage import Program, Server, Stage, problem, until
+from tests.stage import Program, Server, Stage, meanwhile, problem, until
 from tests.test_due import deliver
 
 MEMORY_LIMIT_KIB = 200 * 1024
@@ -126,6 +126,7 @@ class TestMemory:
             assert flood.is_closed()
         until(lambda: server.said("a batch may have 20,000 messages"))
 
+    @meanwhile
     def test_what_workers_write_does_not_stay_in_memory(self, stage: Stage) -> None:
         server = stage.server()
         with ScriptedWorker(server, "chatty") as worker:
@@ -167,14 +168,14 @@ class TestMemory:
     @pytest.mark.parametrize(
         "hello", [{"tags": ["t"] * 101}, {"tags": ["t" * 129]}, {"jobs": [[1, 1, "running"]] * 20_001}]
     )
-    def test_a_hello_has_caps(self, stage: Stage, hello: dict[str, Any]) -> None:
-        server = stage.server("--hold")
-        url = f"ws://127.0.0.1:{server.port}/runner"
+    def test_a_hello_has_caps(self, idle: Server, hello: dict[str, Any]) -> None:
+        before = len(idle.stderr)
+        url = f"ws://127.0.0.1:{idle.port}/runner"
         plain = {"name": "big", "slots": 1, "tags": [], "version": "0", "jobs": []}
         with connect(url, proxy=None, subprotocols=[VERSION_2], compression=None) as peer:
             peer.send(b"\x10" + json.dumps(plain | hello).encode())
             assert is_closed(peer)
-        until(lambda: server.said("must be at most"))
+        until(lambda: "must be at most" in idle.stderr[before:])
 
     def test_the_tags_that_workers_say_are_not_kept_for_ever(self) -> None:
         configs = Configs([JobConfig("a", "busybox")])
@@ -422,15 +423,18 @@ class TestClock:
 class TestIdempotency:
     """A key belongs to a route and a body, compared as values, and is looked up before anything else."""
 
+    @pytest.fixture(autouse=True)
+    def keys_of_its_own(self, request: pytest.FixtureRequest) -> None:
+        self.prefix = request.node.name
+
     def ask(self, server: Server, path: str, body: Any, key: str = "k", status: int = 200) -> Any:
-        reply = server.http("POST", path, body, headers={"Idempotency-Key": key})
+        reply = server.http("POST", path, body, headers={"Idempotency-Key": f"{self.prefix}/{key}"})
         return reply.json if reply.status == status == 200 else problem(reply, status)
 
-    def test_the_same_body_in_other_words_is_the_same(self, stage: Stage) -> None:
-        server = stage.server("--hold")
-        job = self.ask(server, "/api/jobs/quick", b'{"priority": 5, "delay": 1.5}')
-        assert self.ask(server, "/api/jobs/quick", b'{"delay": 1.50, "priority":5}') == job
-        assert len(server.get("/api/jobs")) == 1
+    def test_the_same_body_in_other_words_is_the_same(self, idle: Server) -> None:
+        job = self.ask(idle, "/api/jobs/quick", b'{"priority": 5, "delay": 1.5}')
+        assert self.ask(idle, "/api/jobs/quick", b'{"delay": 1.50, "priority":5}') == job
+        assert idle.get(f"/api/jobs?after={job['id'] - 1}") == [job]
 
     @pytest.mark.parametrize(
         ("path", "body"),
@@ -442,27 +446,25 @@ class TestIdempotency:
             ("/api/jobs/1/retry", None),
         ],
     )
-    def test_another_request_is_a_conflict(self, stage: Stage, path: str, body: Any) -> None:
-        server = stage.server("--hold")
-        self.ask(server, "/api/jobs/quick", {"priority": 5})
-        server.http("DELETE", "/api/jobs/1")
-        assert "which is another request" in self.ask(server, path, body, status=409)
-        assert len(server.get("/api/jobs")) == 1
+    def test_another_request_is_a_conflict(self, idle: Server, path: str, body: Any) -> None:
+        job = self.ask(idle, "/api/jobs/quick", {"priority": 5})["id"]
+        idle.http("DELETE", f"/api/jobs/{job}")
+        path = path.replace("/1/", f"/{job}/")
+        assert "which is another request" in self.ask(idle, path, body, status=409)
+        assert [each["id"] for each in idle.get(f"/api/jobs?after={job - 1}")] == [job]
 
-    def test_a_number_may_be_written_in_any_way_and_a_text_may_not(self, stage: Stage) -> None:
-        server = stage.server("--hold")
-        job = self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 100}')
-        assert self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 1e2}') == job
-        self.ask(server, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1, 2"}, "delay": 100}', status=409)
+    def test_a_number_may_be_written_in_any_way_and_a_text_may_not(self, idle: Server) -> None:
+        job = self.ask(idle, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 100}')
+        assert self.ask(idle, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1.0, 2"}, "delay": 1e2}') == job
+        self.ask(idle, "/api/jobs/sh", b'{"environment": {"SCRIPT": "echo 1, 2"}, "delay": 100}', status=409)
 
-    def test_a_list_and_its_entries_have_keys_of_their_own(self, stage: Stage) -> None:
-        server = stage.server("--hold")
-        listed = self.ask(server, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L")
-        single = self.ask(server, "/api/jobs/quick", None, "L/0")
+    def test_a_list_and_its_entries_have_keys_of_their_own(self, idle: Server) -> None:
+        listed = self.ask(idle, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L")
+        single = self.ask(idle, "/api/jobs/quick", None, "L/0")
         assert single["id"] not in [job["id"] for job in listed]
-        assert self.ask(server, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L") == listed
-        self.ask(server, "/api/jobs", [{"name": "quick"}] * 3, "L", 409)
-        assert len(server.get("/api/jobs")) == 3
+        assert self.ask(idle, "/api/jobs", [{"name": "quick"}, {"name": "quick"}], "L") == listed
+        self.ask(idle, "/api/jobs", [{"name": "quick"}] * 3, "L", 409)
+        assert len(idle.get(f"/api/jobs?after={listed[0]['id'] - 1}")) == 3
 
     def test_a_repeat_is_answered_also_when_nothing_new_would_be_taken(self, stage: Stage) -> None:
         server = stage.server()
