@@ -1,6 +1,6 @@
 """The tables of the database, and how a database of an older release becomes one of this."""
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 APPLICATION_ID = 0x6A6F6277
 
 SCHEMA = """
@@ -66,7 +66,7 @@ CREATE TABLE server (id TEXT NOT NULL, clock REAL NOT NULL DEFAULT 0) STRICT;
 """
 
 # From each schema version to the next. 1 knew a worker of the original's protocol by its name alone, and of a request
-# with an idempotency key only the job.
+# with an idempotency key only the job. 2, of before the release of 1.1.0, had other indexes of what has ended.
 MIGRATIONS = {
     1: """
 ALTER TABLE worker ADD COLUMN protocol INTEGER NOT NULL DEFAULT 2;
@@ -94,14 +94,20 @@ ALTER TABLE job ADD COLUMN reading INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE job ADD COLUMN cause INTEGER;
 ALTER TABLE job ADD COLUMN due_at REAL;
 ALTER TABLE job ADD COLUMN variables TEXT;
-CREATE INDEX job_ended ON job (name, state, id) WHERE finished_at IS NOT NULL;
+CREATE INDEX job_success ON job (name, id) WHERE state = 'success';
 CREATE INDEX job_cause ON job (cause, id) WHERE cause IS NOT NULL;
-CREATE INDEX job_worker ON job (worker, state, id) WHERE finished_at IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, id) WHERE worker IS NOT NULL;
 CREATE INDEX job_due ON job (name) WHERE due_at IS NOT NULL AND finished_at IS NULL;
 CREATE TABLE schedule (
     name TEXT PRIMARY KEY, text TEXT NOT NULL, upto REAL NOT NULL,
     missed INTEGER NOT NULL DEFAULT 0, skipped INTEGER NOT NULL DEFAULT 0
 ) STRICT, WITHOUT ROWID;
 ALTER TABLE server ADD COLUMN clock REAL NOT NULL DEFAULT 0;
+""",
+    2: """
+DROP INDEX job_success;
+DROP INDEX job_worker;
+CREATE INDEX job_ended ON job (name, state, id) WHERE finished_at IS NOT NULL;
+CREATE INDEX job_worker ON job (worker, state, id) WHERE finished_at IS NOT NULL;
 """,
 }

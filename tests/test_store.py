@@ -89,17 +89,19 @@ class TestMigration:
             yield store
 
     def test_its_schema_is_that_of_a_new_database(self, store: Store, tmp_path: Path) -> None:
-        def columns(path: Path) -> list[tuple[Any, ...]]:
+        def tables(path: Path) -> list[tuple[Any, ...]]:
             with contextlib.closing(sqlite3.connect(path)) as connection:
                 names = connection.execute("SELECT name FROM sqlite_schema WHERE sql IS NOT NULL ORDER BY name")
-                return [
+                rows = [
                     row for (name,) in names.fetchall() for row in connection.execute(f"PRAGMA table_xinfo({name})")
                 ]
+                indexes = "SELECT name, sql FROM sqlite_schema WHERE type = 'index' AND sql IS NOT NULL ORDER BY name"
+                return rows + connection.execute(indexes).fetchall()
 
         store.close()
         with contextlib.closing(Store(str(tmp_path / "new.db")).start()):
             pass
-        assert columns(tmp_path / "jobs.db") == columns(tmp_path / "new.db")
+        assert tables(tmp_path / "jobs.db") == tables(tmp_path / "new.db")
 
     def test_its_jobs_attempts_and_logs_are_there(self, store: Store) -> None:
         rows = store.do(lists.page, lists.Wanted(), 100).result()
