@@ -197,7 +197,7 @@ class TestDashboardActs:
         job = site.sh(f"cat {tmp_path}/fifo")
         drawer = open_job(page, job)
         log = drawer.get_by_role("region", name="Log")
-        with (tmp_path / "fifo").open("wb", buffering=0) as fifo:
+        with (tmp_path / "fifo").open("r+b", buffering=0) as fifo:
             for text in ("line 1\n", "line 2\nline 3\n", "unended", "\nthe end\n"):
                 fifo.write(text.encode())
                 expect(log).to_contain_text(text.strip())
