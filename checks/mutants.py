@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
 SIMULATION = "the simulation"
-HISTORIES = 1_000
+HISTORIES = 300
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ SIMULATED = {
     "allowed images",
     "group commit: results before their commit",
     "guard on the state",
+    "guard of a failure",
+    "a log is kept once",
     "cancelled, not failed",
     "what its worker forgot is lost",
     "grace",

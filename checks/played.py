@@ -41,6 +41,7 @@ from jobworker.store import Store
 EPOCH = 1_790_000_000.0
 GRACE_SECONDS = 8.0
 PING_SECONDS = 29.0  # until a silent link is noticed
+AGAIN_SECONDS = 4.0  # until a worker that says all twice has said it again
 RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 IN_FILE = 25  # a history in so many has its database in a file, as servers have it; the others have it in memory
 KEEP_SECONDS = 20.0  # how long ended jobs stay, in a history in so many; there nobody sets the clock, which ends that
@@ -48,6 +49,7 @@ PRUNED = 5
 BACKOFF_SECONDS = 0.25  # between the connections of a worker
 LOUD = 300  # a container in so many writes more than is kept
 FINAL = {"success", "failure", "cancelled"}
+HELLO = protocol.encode(protocol.Hello("", 0, (), "", ()))[0]
 LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
 
 PLAN = {"PLAN": Parameter(required=True)}
@@ -83,6 +85,7 @@ class End:
         self.reader: asyncio.Future[None] | None = None
         self.end: ConnectionClosed | None = None
         self.arrives = 0.0
+        self.says_twice = False
         self.response = SimpleNamespace(headers={protocol.SERVER_HEADER: link.server_id, protocol.READINGS_HEADER: "1"})
 
     @property
@@ -98,10 +101,12 @@ class End:
         """Send, as `broadcast` does: without waiting, nor an error for a connection that is gone."""
         if self.end is None and not self.link.silent:
             self.peer.at_arrival(self.peer.receive, data)
+            if self.says_twice and data[0] != HELLO:  # which tells what is held now
+                self.peer.at_arrival(self.peer.receive, data, latency=AGAIN_SECONDS)
 
-    def at_arrival(self, action: Callable[..., None], *args: Any) -> None:
+    def at_arrival(self, action: Callable[..., None], *args: Any, latency: float | None = None) -> None:
         world = self.link.world
-        self.arrives = max(self.arrives, world.now() + world.delay(self.link.latency))
+        self.arrives = max(self.arrives, world.now() + world.delay(latency or self.link.latency))
         world.loop.call_at(self.arrives, action, *args)
 
     def receive(self, data: bytes) -> None:

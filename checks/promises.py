@@ -157,7 +157,9 @@ class Promises(Commits):
             self._check_starts(db, row, [line for line in starts[job] if line.attempt])
             self._check_end(row, [line for line in starts[job] if line.attempt])
             self._check_follow_up(row)
-            if (row["worker_name"] or "").startswith("version-1-"):
+            for each in (*(state.attempts(db, job) if row["attempt"] > 1 else ()), row):
+                self._check_failure(job, each, starts[job])
+            if is_of_original(row):
                 self._check_original(row, starts[job])
             else:
                 self._check_result(db, row, starts[job])
@@ -247,12 +249,16 @@ class Promises(Commits):
                 raise Broken(f"promise 4: job {row['id']} is a success, its container {container}")
             self._check_log(db, row, bytes(container.output))
             self.world.count("checked: promises 4 and 5 of a success")
-        if row["state"] == "failure" and row["reason"] not in ("lost", "timeout", "gone") and container:
-            if container.code == 0:
-                raise Broken(f"promise 4: job {row['id']} failed ({row['reason']}), its container exited 0")
-            if row["exit_code"] not in (container.code, None):
-                raise Broken(f"promise 4: job {row['id']} has exit code {row['exit_code']}, not {container.code}")
-            self.world.count("checked: promise 4 of a failure")
+
+    def _check_failure(self, job: int, attempt: sqlite3.Row, starts: list[Start]) -> None:
+        """Promise 4: an attempt failed where its container did, with that exit code."""
+        reason, code = attempt["reason"], attempt["exit_code"]
+        if reason in (None, "cancelled", "lost", "timeout", "gone") or is_of_original(attempt):
+            return
+        codes = [line.container.code for line in starts if line.attempt == attempt["attempt"]]
+        if 0 in codes or (codes and code not in (*codes, None)) or (reason == "exit" and not codes):
+            raise Broken(f"promise 4: job {job} failed ({reason}, {code}), its container exited {codes}")
+        self.world.count(f"checked: promise 4 of a failure, {reason}")
 
     def _check_log(self, db: state.Database, row: sqlite3.Row, output: bytes) -> None:
         pieces: list[tuple[int, bytes]] = []
@@ -276,6 +282,10 @@ class Promises(Commits):
         if expected and not any(map(expected, codes)):
             raise Broken(f"promise 4: job {row['id']} is a {row['state']}, its containers exited {codes}")
         self.world.count(f"checked: promise 4 of version 1, {row['reason'] or row['state']}")
+
+
+def is_of_original(attempt: sqlite3.Row) -> bool:
+    return (attempt["worker_name"] or "").startswith("version-1-")
 
 
 def end_of(pieces: list[tuple[int, bytes]]) -> int:

@@ -63,6 +63,7 @@ class History(World):
             self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel,
             self.cancel_endless, self.cancel_endless, self.cancel_endless, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
+            self.say_twice, self.say_twice,
             self.go_off_line, self.go_slow, self.go_slow,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
             self.kill_clients, self.hang_clients, self.stick, self.mute, self.prune_images, self.disk_trouble,
@@ -198,6 +199,12 @@ class History(World):
         host = self.chance.choice(self.hosts)
         if host.link:
             host.link.latency = SLOW_SECONDS
+
+    def say_twice(self) -> None:
+        """Have a worker say each thing once more, before the next: of version 2 that does no harm."""
+        host = self.chance.choice(self.hosts)
+        if host.link and host.version == 2:
+            host.link.near.says_twice = True
 
     def go_off_line(self) -> None:
         host = self.chance.choice(self.hosts)
