@@ -303,7 +303,7 @@ class TestDispatch:
         server = stage.server("--hold", jobs=QUEUES)
         gone, stays = server.post("a"), server.post("b")
         server.kill()
-        stage.jobs.write_text(QUEUES.replace("name: a,", "name: other,"))
+        stage.jobs.write_text(QUEUES.replace("name: a,", "name: renamed,"))
         server.start()
         ended = server.ended(gone)
         assert (ended["state"], ended["reason"]) == ("failure", "gone")
