@@ -29,7 +29,7 @@ TIMEOUT_SECONDS = 180
 RED = re.compile(r"^(?:FAILED|ERROR) \S*?::(\S+)", re.MULTILINE)
 NO_TESTS_COLLECTED = 5
 SIMULATION = "the simulation"
-HISTORIES = 300
+HISTORIES = 1_000
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,11 @@ SIMULATED = {
     "the floor of the backoff",
     "allowed images",
     "group commit: results before their commit",
+    "guard on the attempt",
+    "the stale is settled",
+    "unstarted is queued again",
+    "the sweep at the start",
+    "a log has a limit",
     "guard on the state",
     "guard of a failure",
     "a log is kept once",

@@ -47,7 +47,7 @@ IN_FILE = 25  # a history in so many has its database in a file, as servers have
 KEEP_SECONDS = 20.0  # how long ended jobs stay, in a history in so many; there nobody sets the clock, which ends that
 PRUNED = 5
 BACKOFF_SECONDS = 0.25  # between the connections of a worker
-LOUD = 300  # a container in so many writes more than is kept
+LOUD = 60  # a container in so many writes more than is kept
 FINAL = {"success", "failure", "cancelled"}
 HELLO = protocol.encode(protocol.Hello("", 0, (), "", ()))[0]
 LABEL_OF_JOB, LABEL_OF_ATTEMPT = "jobworker.job", "jobworker.attempt"
@@ -78,7 +78,7 @@ class End:
 
     def __init__(self, link: "Link") -> None:
         self.link = link
-        self.transport = SimpleNamespace(get_write_buffer_size=lambda: 0)
+        self.transport = SimpleNamespace(get_write_buffer_size=lambda: link.unread)
         self.subprotocol = protocol.VERSION_2 if link.version == 2 else None
         self.peer: End
         self.inbox: deque[bytes] = deque()
@@ -153,7 +153,7 @@ class Link:
 
     def __init__(self, world: "World", server_id: str, version: int) -> None:
         self.world, self.server_id, self.version, self.silent = world, server_id, version, False
-        self.latency = 0.02
+        self.latency, self.unread = 0.02, 0
         self.near, self.far = End(self), End(self)
         self.near.peer, self.far.peer = self.far, self.near
 
@@ -569,11 +569,12 @@ class Host:
         self.off_line = False
         self.left: tuple[Life | None, float] = None, 0.0  # its latest connection
         self.life: Life | None = None
+        self.began = 0.0  # its latest life
         self.link: Link | None = None
 
     def start(self) -> None:
         if self.life is None or self.life.dead:
-            self.life = Life()
+            self.life, self.began = Life(), self.world.now()
             self.life.start(self.run(self.life))
 
     async def run(self, life: Life) -> None:

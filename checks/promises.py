@@ -27,10 +27,11 @@ SLACK_BYTES = 4 * LOG_PIECE_BYTES
 COMMIT_SECONDS = 0.06  # between what a commit is told and the commit
 STOP_SECONDS = 120.0  # in calm, from when a container has to end; a silent link alone takes a quarter of it
 
-LOOK = "SELECT state, name, cause, due_at, reason, priority, failures, worker FROM job WHERE id = ?"
+LOOK = "SELECT state, name, cause, due_at, reason, priority, failures, attempt, worker FROM job WHERE id = ?"
 LATEST_ATTEMPT = "SELECT reason, worker FROM attempt WHERE job = ? ORDER BY attempt DESC LIMIT 1"
 READY = """SELECT id, name, priority FROM job
     WHERE state = 'queued' AND not_before IS NULL AND failures = 0 AND priority > ?"""
+UNSTARTED = "SELECT id FROM job WHERE worker = ? AND state = 'assigned'"
 WORKER = "SELECT name, protocol, tags, connected, connected_at FROM worker WHERE id = ?"
 
 
@@ -73,16 +74,16 @@ class Commits:
                 self.ended[job] = self.world.now()
         for job, row in assigned:
             self._check_claim(db, job, row, touched)
-        for job, worker in lost:
-            self._check_loss(db, job, worker, arrived)
+        for job, attempt, worker in lost:
+            self._check_loss(db, (job, attempt), worker, arrived)
 
     def _note_schedule(self, db: state.Database) -> None:
         if self.schedule_begins is None and (schedule := db.one(SCHEDULES)):
             self.schedule_begins = schedule["upto"]
 
-    def _look_at_workers(self, db: state.Database, workers: set[int]) -> set[int]:
-        """Note since when workers are away; give those that have come in this commit."""
-        arrived, serving = set(), self.world.server
+    def _look_at_workers(self, db: state.Database, workers: set[int]) -> dict[int, float]:
+        """Note since when workers are away; give those that have come in this commit, and since when they had been."""
+        arrived, serving = {}, self.world.server
         assert serving
         for worker in sorted(workers):
             row = db.one(WORKER, worker)
@@ -90,11 +91,14 @@ class Commits:
                 continue
             if row["connected_at"] != self.connected.get(worker):
                 self.connected[worker] = row["connected_at"]
-                arrived.add(worker)
+                arrived[worker] = self.gone.get(worker, self.world.now())
             if row["connected"]:
                 self.gone.pop(worker, None)
                 self.came_to[worker] = serving
-            elif worker not in self.gone:  # at the start of a server all are, which nobody notes
+                continue
+            if self.came_to.get(worker) is serving and (unstarted := db.one(UNSTARTED, worker)):
+                raise Broken(f"job {unstarted[0]} has not started, and waits for {row['name']}, which is gone")
+            if worker not in self.gone:  # at the start of a server all are, which nobody notes
                 self.gone[worker] = self.world.now() if self.came_to.get(worker) is serving else serving.began
         return arrived
 
@@ -105,14 +109,14 @@ class Commits:
         if row["due_at"] and db.one(COUNT_OPEN, row["name"])[0] > (JOBS[row["name"]].concurrency or 1):
             raise Broken(f"promise 12: job {job} is due beside one that has not ended")
 
-    def _note_end_of_attempt(self, db: state.Database, job: int, row: sqlite3.Row) -> list[tuple[int, int]]:
+    def _note_end_of_attempt(self, db: state.Database, job: int, row: sqlite3.Row) -> list[tuple[int, int, int]]:
         """Note an attempt that failed or was lost; give it where it was lost."""
         reason, worker = row["reason"], row["worker"]
         if row["state"] == "queued":
             reason, worker = db.one(LATEST_ATTEMPT, job)
             delay = 0.75 * JOBS[row["name"]].retry_delay * 2.0 ** (row["failures"] - 1)
             self.retried[job] = self.world.now(), self.world.server, delay - COMMIT_SECONDS
-        return [(job, worker)] if reason == "lost" else []
+        return [(job, row["attempt"], worker)] if reason == "lost" else []
 
     def _check_claim(self, db: state.Database, job: int, row: sqlite3.Row, touched: set[int]) -> None:
         """Not before its delay is over, not beside more than its concurrency, not before one of a higher priority."""
@@ -128,18 +132,30 @@ class Commits:
             if self.states.get(other) == "queued" and other not in touched and name in FOR_ALL:
                 raise Broken(f"job {job} was given before job {other}, whose priority is {priority}")
 
-    def _check_loss(self, db: state.Database, job: int, worker: int, arrived: set[int]) -> None:
+    def _check_loss(self, db: state.Database, lost: tuple[int, int], worker: int, arrived: dict[int, float]) -> None:
         """Promise 2: what a worker runs is not lost while it may come back, but where it comes and has it no more."""
-        row = db.one(WORKER, worker)
+        job, row = lost[0], db.one(WORKER, worker)
         # What the disk refused is written later: then nobody knows from outside since when a worker is away.
         refused_lately = self.world.now() - self.world.disk_failed_at < 3 * GRACE_SECONDS
-        if row["protocol"] == 1 or row["connected"] or worker in arrived or refused_lately:
+        if row["protocol"] == 1 or refused_lately:
             return
         serving = self.world.server
-        since = max(self.gone.get(worker, 0.0), serving.began if serving else 0.0)
-        if self.world.now() - since < GRACE_SECONDS - COMMIT_SECONDS:
+        since = max(self.gone.get(worker, 0.0), arrived.get(worker, 0.0), serving.began if serving else 0.0)
+        if self.world.now() - since >= GRACE_SECONDS - COMMIT_SECONDS:
+            self.world.count("checked: promise 2, lost after its grace")
+            return
+        if worker in arrived:
+            self._check_forgotten(*lost, row["name"])
+        elif not row["connected"]:
             raise Broken(f"promise 2: job {job} is lost {self.world.now() - since:.1f} s after {row['name']} went")
-        self.world.count("checked: promise 2, lost after its grace")
+
+    def _check_forgotten(self, job: int, attempt: int, worker: str) -> None:
+        """A worker that comes back has each container that was running when it began."""
+        (host,) = (host for host in self.world.hosts if host.name == worker)
+        for line in self.world.starts:
+            if (line.job, line.attempt) == (job, attempt) and line.began < host.began and line.ended is None:
+                raise Broken(f"promise 2: job {job} is lost though {worker} is back, and its container runs")
+        self.world.count("checked: promise 2, lost with its container")
 
 
 class Promises(Commits):
@@ -197,7 +213,9 @@ class Promises(Commits):
             self.world.count("checked: promise 3 of a second attempt")
 
     def _check_end(self, row: sqlite3.Row, starts: list[Start]) -> None:
-        """Promise 6: after DELETE, or past its timeout, a container ends."""
+        """Promise 6: after DELETE, or past its timeout, a container ends; what was to be cancelled is no failure."""
+        if row["cancelling"] and row["state"] == "failure":
+            raise Broken(f"promise 6: job {row['id']} was to be cancelled, and is a failure")
         cancelled, timeout = self.world.cancelled.get(row["id"], math.inf), JOBS[row["name"]].timeout or math.inf
         for line in starts:
             due = max(min(cancelled, line.began + timeout), line.began, self.world.calm_at)

@@ -46,6 +46,7 @@ CALM_SECONDS = 400.0
 FAULTS = 60
 SLOW_SECONDS = 6.0
 FAR_SECONDS = 40 * 86400  # ahead: what a clock is set to by mistake, and set right again
+UNREAD_BYTES = 2**30  # which no link has
 PROGRESS = 1_000  # histories
 
 
@@ -64,7 +65,7 @@ class History(World):
             self.cancel_endless, self.cancel_endless, self.cancel_endless, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
             self.say_twice, self.say_twice,
-            self.go_off_line, self.go_slow, self.go_slow,
+            self.go_off_line, self.go_slow, self.go_slow, self.fill, self.fill,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
             self.kill_clients, self.hang_clients, self.stick, self.mute, self.prune_images, self.disk_trouble,
             *[self.post_with_key if self.keep else self.set_clock] * 2, self.post_with_key,
@@ -199,6 +200,13 @@ class History(World):
         host = self.chance.choice(self.hosts)
         if host.link:
             host.link.latency = SLOW_SECONDS
+
+    def fill(self) -> None:
+        """Have a link take no more jobs for a while: those that are given wait at the server."""
+        link = self.chance.choice(self.hosts).link
+        if link:
+            link.unread = UNREAD_BYTES
+            self.mend_within(16, setattr, link, "unread", 0)
 
     def say_twice(self) -> None:
         """Have a worker say each thing once more, before the next: of version 2 that does no harm."""
