@@ -44,6 +44,7 @@ class Commits:
         self.names: dict[int, str] = {}
         self.ended: dict[int, float] = {}
         self.followers: defaultdict[int, list[str]] = defaultdict(list)
+        self.unstarted: set[tuple[int, int]] = set()  # attempts that were taken back before they had their Go
         self.gone: dict[int, float] = {}  # since when a worker is away
         self.came_to: dict[int, object] = {}  # the server that has noted its connection
         self.connected: dict[int, Any] = {}
@@ -68,6 +69,8 @@ class Commits:
                 self._note_new(db, job, row)
             if now == "assigned":
                 assigned.append((job, row))
+            if before == "assigned" and now in ("queued", "cancelled"):
+                self.unstarted.add((job, row["attempt"]))
             if before == "running" and (now == "queued" or row["reason"] == "lost"):
                 lost += self._note_end_of_attempt(db, job, row)
             if now in FINAL:
@@ -197,11 +200,13 @@ class Promises(Commits):
         return bool(newer)
 
     def _check_starts(self, db: state.Database, row: sqlite3.Row, starts: list[Start]) -> None:
-        """Promise 3: no attempt starts twice, and attempts don't overlap unless the first was given up as lost."""
+        """Promise 3: no attempt starts twice, nor unasked; they overlap only where the first was given up as lost."""
         # What a worker of version 1 has started before it said so may run a second time: it has no attempt.
         job, numbers = row["id"], [line.attempt for line in starts]
         if len(numbers) > len(set(numbers)):
             raise Broken(f"promise 3: job {job} started attempts {numbers}")
+        if taken_back := self.unstarted & {(job, number) for number in numbers}:
+            raise Broken(f"promise 3: {taken_back} had been taken back, and started")
         if len(numbers) > JOBS[row["name"]].retries + 1:
             raise Broken(f"promise 3: job {job} started {len(numbers)} times")
         if len(numbers) > 1:
