@@ -54,31 +54,36 @@ class Commits:
     def look(self, db: state.Database, notes: list[state.Notes]) -> None:
         self._note_schedule(db)
         arrived = self._look_at_workers(db, set().union(*(each.workers for each in notes)))
-        assigned, lost = [], []
         touched = set().union(*(each.jobs for each in notes))
-        for job in sorted(touched):
-            row, before = db.one(LOOK, job), self.states.get(job, "new")
-            if row is None or row["state"] == before:
-                continue
-            now = self.states[job] = row["state"]
-            self.world.count(f"{before} to {now}")
-            self.world.tell(f"job {job}: {now}")
-            if before in FINAL:
-                raise Broken(f"job {job} was {before} and is {now}")
-            if before == "new":
-                self._note_new(db, job, row)
-            if now == "assigned":
-                assigned.append((job, row))
-            if before == "assigned" and now in ("queued", "cancelled"):
-                self.unstarted.add((job, row["attempt"]))
-            if before == "running" and (now == "queued" or row["reason"] == "lost"):
-                lost += self._note_end_of_attempt(db, job, row)
-            if now in FINAL:
-                self.ended[job] = self.world.now()
-        for job, row in assigned:
-            self._check_claim(db, job, row, touched)
+        moved = [
+            (job, row, before)
+            for job in sorted(touched)
+            if (row := db.one(LOOK, job)) is not None
+            if (before := self.states.get(job, "new")) != row["state"]
+        ]
+        lost = [loss for job, row, before in moved for loss in self._note_step(db, job, row, before)]
+        for job, row, _before in moved:
+            if row["state"] == "assigned":
+                self._check_claim(db, job, row, touched)
         for job, attempt, worker in lost:
             self._check_loss(db, (job, attempt), worker, arrived)
+
+    def _note_step(self, db: state.Database, job: int, row: sqlite3.Row, before: str) -> list[tuple[int, int, int]]:
+        """Note where a job has come; give the attempt that was lost there, if any."""
+        now = self.states[job] = row["state"]
+        self.world.count(f"{before} to {now}")
+        self.world.tell(f"job {job}: {now}")
+        if before in FINAL:
+            raise Broken(f"job {job} was {before} and is {now}")
+        if now in FINAL:
+            self.ended[job] = self.world.now()
+        if before == "new":
+            self._note_new(db, job, row)
+        if before == "assigned" and now in ("queued", "cancelled"):
+            self.unstarted.add((job, row["attempt"]))
+        if before == "running" and (now == "queued" or row["reason"] == "lost"):
+            return self._note_end_of_attempt(db, job, row)
+        return []
 
     def _note_schedule(self, db: state.Database) -> None:
         if self.schedule_begins is None and (schedule := db.one(SCHEDULES)):
