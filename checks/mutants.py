@@ -63,6 +63,7 @@ SIMULATED = {
     "allowed images",
     "group commit: results before their commit",
     "guard on the attempt",
+    "guard on the worker",
     "the stale is settled",
     "unstarted is queued again",
     "the sweep at the start",

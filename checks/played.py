@@ -36,7 +36,7 @@ from jobworker.config import Configs, JobConfig, Parameter
 from jobworker.container import Answer, Clocks, NotStarted, PastDeadline, option
 from jobworker.container import Engine as EngineOfWorker
 from jobworker.output import LOG_PIECE_BYTES
-from jobworker.store import Store
+from jobworker.store import Store, StoreError
 
 EPOCH = 1_790_000_000.0
 GRACE_SECONDS = 8.0
@@ -532,9 +532,10 @@ class PlayedServer:
             self.core.on_commit(commit)
 
     async def run(self) -> None:
-        await self.core.start()
-        self.ready = True
-        await self.core.run()
+        with contextlib.suppress(StoreError):  # it ends where its disk fails, also as it starts
+            await self.core.start()
+            self.ready = True
+            await self.core.run()
         self.world.loop.call_soon(self.world.restart_server)
 
     def accept(self, version: int) -> Link:

@@ -37,6 +37,7 @@ from promises import Promises
 from virtual import Broken, raised, unseen
 
 import client
+import protocol
 import server
 from jobworker import state
 from jobworker.store import StoreError
@@ -64,7 +65,7 @@ class History(World):
             self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel,
             self.cancel_endless, self.cancel_endless, self.cancel_endless, self.retry,
             self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
-            self.say_twice, self.say_twice,
+            self.say_twice, self.say_twice, self.lie,
             self.go_off_line, self.go_slow, self.go_slow, self.fill, self.fill,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
             self.kill_clients, self.hang_clients, self.stick, self.mute, self.prune_images, self.disk_trouble,
@@ -213,6 +214,16 @@ class History(World):
         host = self.chance.choice(self.hosts)
         if host.link and host.version == 2:
             host.link.near.says_twice = True
+
+    def lie(self) -> None:
+        """Have a worker say that what another one runs has succeeded."""
+        others = [row for row in self.rows().values() if row["state"] == "running"] if self.server else []
+        host = self.chance.choice(self.hosts)
+        others = [row for row in others if row["worker_name"] != host.name]
+        if host.link and host.version == 2 and others:
+            row = self.chance.choice(others)
+            host.link.near.put(protocol.encode(protocol.JobSuccess(row["id"], row["attempt"])))
+            self.count("a lie was told")
 
     def go_off_line(self) -> None:
         host = self.chance.choice(self.hosts)
