@@ -570,6 +570,7 @@ class Host:
         self.off_line = False
         self.left: tuple[Life | None, float] = None, 0.0  # its latest connection
         self.life: Life | None = None
+        self.worker: client.Worker | None = None
         self.began = 0.0  # its latest life
         self.link: Link | None = None
 
@@ -591,11 +592,12 @@ class Host:
         options.allow_image = self.engine.allowed
         engine = EngineOfWorker(command, Clocks(self.world.wall, self.world.now, "boot"))
         outside = client.World(self.dial, engine, end_commands, self.world.chance)
-        worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
-        try:
-            await worker.run()
-        except client.FatalError:
-            life.dead = True  # it ended by itself
+        self.worker = client.Worker(options, self.name, outside)  # type: ignore[arg-type]
+        with contextlib.suppress(client.FatalError):
+            await self.worker.run()
+            self.world.count("drained")
+            self.world.loop.call_later(1 + self.world.delay(14), self.start)
+        life.dead = True  # it ended by itself
 
     @contextlib.asynccontextmanager
     async def dial(self) -> AsyncIterator[Any]:

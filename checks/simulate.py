@@ -64,8 +64,8 @@ class History(World):
         self.faults: list[Callable[[], None]] = [
             self.post, self.post, self.post, self.post, self.post_list, self.cancel, self.cancel,
             self.cancel_endless, self.cancel_endless, self.cancel_endless, self.retry,
-            self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.cut, self.cut, self.go_silent,
-            self.say_twice, self.say_twice, self.lie,
+            self.reload, self.kill_server, self.kill_worker, self.kill_worker, self.drain,
+            self.cut, self.cut, self.go_silent, self.say_twice, self.say_twice, self.lie,
             self.go_off_line, self.go_slow, self.go_slow, self.fill, self.fill,
             self.engine_trouble, self.engine_trouble, self.engine_trouble, self.engine_restart, self.kill_clients,
             self.kill_clients, self.hang_clients, self.stick, self.mute, self.prune_images, self.disk_trouble,
@@ -188,6 +188,12 @@ class History(World):
         host = self.chance.choice(self.hosts)
         host.kill()
         self.mend_within(14, host.start)
+
+    def drain(self) -> None:
+        """Have a worker finish what it runs, and leave."""
+        host = self.chance.choice(self.hosts)
+        if host.worker and host.life and not host.life.dead:
+            host.worker.drain()
 
     def cut(self) -> None:
         self.cut_off(self.chance.choice(self.hosts))
