@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from playwright.sync_api import expect
@@ -87,7 +88,10 @@ class TestDashboardHistory:
         bars = drawer.get_by_role("list", name="Runs").get_by_role("link")
         expect(bars).to_have_count(4)
         heights = bars.locator("i").evaluate_all("bars => bars.map((bar) => bar.clientHeight)")
-        assert max(heights) == heights[3] > heights[0]
+        runs = sorted(night.get("/api/jobs?name=sh&full=1"), key=lambda run: run["id"])
+        took = [datetime.fromisoformat(run["finished_at"]) - datetime.fromisoformat(run["started_at"]) for run in runs]
+        assert [height for _took, height in sorted(zip(took, heights, strict=True))] == sorted(heights)
+        assert min(heights) < max(heights)
         bars.nth(0).click()
         expect(page.get_by_role("dialog", name="sh #1")).to_contain_text("It exited with code 3")
 
