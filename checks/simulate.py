@@ -40,6 +40,7 @@ import client
 import protocol
 import server
 from jobworker import state
+from jobworker.options import UNSENT_BYTES
 from jobworker.store import StoreError
 
 STORM_SECONDS = 40.0
@@ -47,7 +48,6 @@ CALM_SECONDS = 400.0
 FAULTS = 60
 SLOW_SECONDS = 6.0
 FAR_SECONDS = 40 * 86400  # ahead: what a clock is set to by mistake, and set right again
-UNREAD_BYTES = 2**30  # which no link has
 PROGRESS = 1_000  # histories
 
 
@@ -212,7 +212,7 @@ class History(World):
         """Have a link take no more jobs for a while: those that are given wait at the server."""
         link = self.chance.choice(self.hosts).link
         if link:
-            link.unread = UNREAD_BYTES
+            link.unread = UNSENT_BYTES
             self.mend_within(16, setattr, link, "unread", 0)
 
     def say_twice(self) -> None:
@@ -223,9 +223,9 @@ class History(World):
 
     def lie(self) -> None:
         """Have a worker say that what another one runs has succeeded."""
-        others = [row for row in self.rows().values() if row["state"] == "running"] if self.server else []
         host = self.chance.choice(self.hosts)
-        others = [row for row in others if row["worker_name"] != host.name]
+        rows = self.rows().values() if self.server else ()
+        others = [row for row in rows if row["state"] == "running" and row["worker_name"] != host.name]
         if host.link and host.version == 2 and others:
             row = self.chance.choice(others)
             host.link.near.put(protocol.encode(protocol.JobSuccess(row["id"], row["attempt"])))

@@ -32,7 +32,6 @@ pytestmark = needs_chromium
 pytest_plugins = ["tests.pages"]
 
 LONG_LOG_LINES = 100_000
-QUADRATIC_MS = 5_000  # a task takes 0.1 to 0.7 s, and 2 s on a busy machine
 # Read by the page's own reader of events; `waits` has how long each key waited for the next frame, in ms.
 THOUSAND_EVENTS_A_SECOND = """() => {
   window.waits = [];
@@ -249,7 +248,7 @@ class TestDashboardActs:
         drawer.get_by_label("Show only the log's lines").fill("77777")
         expect(drawer).to_contain_text(f"1 of {LONG_LOG_LINES:,} lines")
         expect(log).to_have_text("77777")
-        assert page.evaluate("window.longest") < QUADRATIC_MS
+        assert page.evaluate("window.longest") < 1000
 
     def test_following_ends_by_scrolling_up_and_begins_at_the_end(self, site: Server, reader_of: ReaderOf) -> None:
         job = site.sh("seq 300; while sleep 0.2; do echo more; done")
@@ -674,7 +673,7 @@ class TestDashboardLive:
         jobs = [job["id"] for job in site.http("POST", "/api/jobs", [{"name": "gpu"}] * 5000).json]
         expect(row_of(page, jobs[-1])).to_be_visible()
         assert page.locator("#list tbody tr").count() == 50
-        assert page.evaluate("window.longest") < QUADRATIC_MS
+        assert page.evaluate("window.longest") < 500
 
     def test_a_key_is_answered_at_once_while_much_happens(self, site: Server, reader_of: ReaderOf) -> None:
         worker = site.get("/api/workers?full=1&gone=1")[0]
