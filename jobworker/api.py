@@ -212,6 +212,15 @@ def in_pieces(names: Iterable[str], size: int) -> Iterator[list[str]]:
 # Answers
 
 
+def as_they_are(rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
+    return [job_json(row["id"], row["name"], row["state"]) for row in rows]
+
+
+def as_accepted(rows: Sequence[sqlite3.Row]) -> list[dict[str, Any]]:
+    """Give jobs that a request queued: as it left them, however fast a worker was since."""
+    return [job_json(row["id"], row["name"], "queued") for row in rows]
+
+
 class Api:
     """What the answers share. `configs` is replaced when jobs.yaml is read again."""
 
@@ -248,7 +257,9 @@ class Api:
             raise ApiError(STATUS_OF[result.kind], result.detail + START_ONE * (result.kind == "no worker"))
         return result
 
-    def pages(self, wanted: Wanted, limit: int | None, full: bool) -> Iterator[bytes]:
+    def pages(
+        self, wanted: Wanted, limit: int | None, show: Callable[[Sequence[sqlite3.Row]], list[dict[str, Any]]]
+    ) -> Iterator[bytes]:
         left = MAX_JOB_ID if limit is None else limit
         if wanted.before is not None:
             left = min(left, MAX_PAGE_JOBS)
@@ -258,7 +269,7 @@ class Api:
         while left > 0:
             with self.paging:  # many readers at once queue here, where they are in nobody's way
                 rows = self.do(lists.page, wanted, min(left, PAGE_JOBS))
-                page = [separator + as_json(self.list_json(rows, full))[1:-1]]
+                page = [separator + as_json(show(rows))[1:-1]]
             if not rows:
                 break
             separator, left, wanted = b",", left - len(rows), wanted._replace(after=rows[-1]["id"])
@@ -282,9 +293,6 @@ class Api:
             yield separator + as_json(shown)[1:-1]
             separator = b","
         yield b"[]\n" if separator == b"[" else b"]\n"
-
-    def list_json(self, rows: Sequence[sqlite3.Row], full: bool) -> list[dict[str, Any]]:
-        return self.show(rows) if full else [job_json(row["id"], row["name"], row["state"]) for row in rows]
 
     def queue(self, jobs: Callable[[], list[NewJob]], key: Key | None) -> list[int]:
         """Queue jobs and give their ids; a repeated request's are given before anything else is looked at."""
@@ -369,7 +377,7 @@ def list_jobs(api: Api, _request: Request, limit: int | None, full: bool, **wish
     wanted = Wanted(**wishes)
     if wanted.before is not None and limit is None:
         raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
-    return Response(api.pages(wanted, limit, full))
+    return Response(api.pages(wanted, limit, api.show if full else as_they_are))
 
 
 def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str], **wishes: Any) -> Response:
@@ -390,7 +398,7 @@ def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str
             take_turn(api.long_lists, turn, "too many lists at once")
         ids = api.queue(*read_list(api.configs, request.body, key))
     request.drop_body()
-    pages = api.pages(Wanted(after=ids[0] - 1 if ids else 0), len(ids), full=False)
+    pages = api.pages(Wanted(after=ids[0] - 1 if ids else 0), len(ids), as_accepted if key is None else as_they_are)
     return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
 
@@ -459,7 +467,7 @@ def retry_job(api: Api, _request: Request, id_: int, key: str | None) -> Respons
 
     (new_id,) = api.queue(jobs, mark(key, "retry", id_))
     row = api.do(state.get, new_id)
-    return answer_json(job_json(new_id, row["name"], row["state"]))
+    return answer_json(job_json(new_id, row["name"], "queued" if key is None else row["state"]))
 
 
 def get_attempts(api: Api, _request: Request, id_: int) -> Response:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jobworker import lists, state
-from jobworker.api import PAGE_CONFIGS, Api, get_metrics, list_configs, mark, read_list
+from jobworker.api import PAGE_CONFIGS, PAGE_JOBS, Api, get_metrics, list_configs, mark, read_list
 from jobworker.config import Configs, JobConfig
 from jobworker.message import parse_head
 from jobworker.state import NewJob
@@ -298,6 +298,20 @@ class TestLists:
         assert {shown["reason"] for shown in api.show(rows)} == {"no worker is connected"}
         store.close()
         assert len([sql for sql in asked if sql.startswith("BEGIN")]) == 2
+
+    def test_a_list_is_answered_with_what_was_accepted(self) -> None:
+        """However fast a worker, or somebody who cancels, is meanwhile."""
+        store = Store(":memory:").start()
+        api = Api(store, Configs([JobConfig("quick", "busybox")]), True, time.time)
+        request = parse_head(b"POST /api/jobs HTTP/1.1\r\nHost: localhost")
+        request.body = json.dumps([{"name": "quick"}] * (PAGE_JOBS + 1)).encode()
+        body = api.answer(request).body
+        for job in (1, PAGE_JOBS + 1):
+            store.do(state.cancel, job, 2.0).result(10)
+        shown = json.loads(b"".join(body))  # type: ignore[arg-type]
+        store.close()
+        queued = {"name": "quick", "queuing": True, "running": False, "success": False}
+        assert shown == [{"id": number, **queued} for number in range(1, PAGE_JOBS + 2)]
 
     def test_what_many_configs_show_is_asked_for_some_at_a_time(self) -> None:
         """All of a long jobs.yaml at once would hold up for seconds who commits."""
