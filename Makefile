@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-cache-dir --disable-pip-version-check
+# Most tests wait most of the time: four at a time.
+PYTEST := pytest --numprocesses 4 --dist worksteal
 WITH_ENGINE := $(BIN)/python checks/engine.py run
 
 # Empty, it is as if it were not set: else each server and worker that a test starts compiles all of its code again.
@@ -20,7 +22,7 @@ run: .venv/ready ## a server with jobs.yaml and a worker, until Ctrl-C
 	@$(WITH_ENGINE) --or-podman -- $(BIN)/python checks/demo.py --stay
 
 test: .venv/ready-dev browser nginx engines ## the tests, with real containers and a real browser
-	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m pytest $(ARGS)
+	@$(WITH_ENGINE) --and-podman -- $(BIN)/python -m $(PYTEST) $(ARGS)
 
 lint: .venv/ready-dev ## ruff's rules and format, mypy in strict mode
 	@$(BIN)/ruff check
@@ -32,7 +34,7 @@ format: .venv/ready-dev ## format the code as `make lint` wants it
 	@$(BIN)/ruff format
 
 coverage: .venv/ready-dev browser nginx engines ## the tests, and which branches they do not reach
-	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) --and-podman -- $(BIN)/coverage run -m pytest $(ARGS)
+	@COVERAGE_FILE=$(CURDIR)/.coverage $(WITH_ENGINE) --and-podman -- $(BIN)/coverage run -m $(PYTEST) $(ARGS)
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,46 @@ import pytest
 
 from tests import engines
 from tests.engines import Engine
-from tests.stage import JOBS, Docker, Server, Stage, Worker, play, until
+from tests.stage import JOBS, ROOT, Docker, Server, Stage, Worker, play, until
 
 
-@pytest.fixture(scope="session", autouse=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have those that are `alone` come first, while no long one runs that all would wait for."""
+    items.sort(key=lambda item: item.get_closest_marker("alone") is None)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test beside those of the other processes; one that is `alone` runs when theirs have ended.
+
+    Who waits to be alone holds the gate, so that nobody overtakes it.
+    """
+    alone = item.get_closest_marker("alone") is not None
+    with contextlib.ExitStack() as room:
+        with locked(ROOT / "tests", fcntl.LOCK_EX):
+            room.enter_context(locked(ROOT, fcntl.LOCK_EX if alone else fcntl.LOCK_SH))
+        return (yield)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, kind: int) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, kind)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
 def results(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Any, Future[None]]]:
-    """What the scenarios of those `meanwhile` tests come to that were chosen."""
+    """What the scenarios of a file's `meanwhile` tests come to, of those that were chosen."""
     scenarios = [getattr(getattr(item, "function", None), "scenario", None) for item in request.session.items]
+    of_file = [each for each in scenarios if each and each.__module__ == request.module.__name__]
     with ThreadPoolExecutor(16) as pool:
-        folder = tmp_path_factory.mktemp
-        yield {each: pool.submit(play, each, folder("meanwhile")) for each in scenarios if each}
+        yield {each: pool.submit(play, each, tmp_path_factory.mktemp("meanwhile")) for each in of_file}
 
 
 @pytest.fixture

@@ -312,7 +312,7 @@ class Stage:
 
 
 def meanwhile(scenario: Callable[[Any, Stage], None]) -> Callable[..., None]:
-    """Let a test that only waits run beside all others, from their start on; in its place its result is waited for."""
+    """Let a test that only waits run beside the others of its file; in its place its result is waited for."""
 
     def test(self: object, results: dict[Any, Future[None]]) -> None:  # noqa: ARG001
         results[scenario].result()

@@ -176,6 +176,7 @@ class TestCopy:
             until(lambda: has_copy_open(server))
             assert "another copy" in problem(server.http("GET", "/api/backup"), 409)
 
+    @pytest.mark.alone
     def test_one_that_is_not_read_is_the_only_one_on_the_disk(self, stage: Stage) -> None:
         filled(stage, 20)
         server = stage.server("--hold")
@@ -209,6 +210,7 @@ class TestCopy:
             server.kill()
         assert files(stage) == {"jobs.db", "jobs.db-wal"}
 
+    @pytest.mark.alone
     def test_no_post_waits_for_it(self, stage: Stage) -> None:
         filled(stage, 100)
         server = stage.server("--hold")

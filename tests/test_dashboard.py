@@ -230,6 +230,7 @@ class TestDashboardActs:
         drawer = open_job(reader_of(site).open(), job)
         expect(drawer).to_contain_text(re.compile(r"the last 5,000 lines; \d{3} KiB cut out of its middle"))
 
+    @pytest.mark.alone
     def test_a_long_log_stays_quick_and_can_be_searched(self, site: Server, reader_of: ReaderOf) -> None:
         job = site.sh(f"seq {LONG_LOG_LINES}")
         site.ended(job)
@@ -667,6 +668,7 @@ class TestDashboardLive:
             page.evaluate(hide, False)
         expect(row_of(page, job)).to_contain_text("Success")
 
+    @pytest.mark.alone
     def test_a_burst_of_jobs_leaves_a_page_of_rows_and_a_quick_page(self, site: Server, reader_of: ReaderOf) -> None:
         page = reader_of(site).open_live()
         page.evaluate(LONGEST_TASK_MS)
@@ -675,6 +677,7 @@ class TestDashboardLive:
         assert page.locator("#list tbody tr").count() == 50
         assert page.evaluate("window.longest") < 500
 
+    @pytest.mark.alone
     def test_a_key_is_answered_at_once_while_much_happens(self, site: Server, reader_of: ReaderOf) -> None:
         worker = site.get("/api/workers?full=1&gone=1")[0]
         jobs = range(1000)

@@ -250,6 +250,7 @@ class TestEnd:
 class TestReload:
     """A jobs.yaml of 1 MB is read beside the loop."""
 
+    @pytest.mark.alone
     def test_workers_and_callers_are_served_meanwhile(self, stage: Stage) -> None:
         server = stage.server("--hold")
         with ScriptedWorker(server, "pings") as worker:
