@@ -202,7 +202,7 @@ class Beside:
     """A function in a process of its own, called with a pipe and its arguments; `result` waits for what it sends."""
 
     def __init__(self, function: Callable[..., None], *arguments: Any) -> None:
-        context = multiprocessing.get_context("fork")
+        context = multiprocessing.get_context("spawn")  # a fork has memory that earlier rows have left free
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=ending_at_once, args=(function, theirs, *arguments), daemon=True)
         self._process.start()
