@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from jobworker.hints import shell_word
+from jobworker.hints import near_name, shell_word
 from tests.test_config import any_loader, errors_of, job_of
 
 __all__ = ["any_loader"]
@@ -92,6 +93,16 @@ class TestKeys:
     def test_no_key_is_hinted_at_that_is_not_there(self, tmp_path: Path) -> None:
         [error] = errors_of(f"{JOB}  parameters: {{A: {{env: x}}}}\n", tmp_path)
         assert error.endswith('"env" is no key here; known are required, default, pattern')
+
+    def test_a_wrong_name_is_compared_with_a_thousand_at_most(self) -> None:
+        """In a ratio, as the machine's speed is anybody's."""
+
+        def seconds(count: int) -> float:
+            names, begin = [f"backup-database-number-{number}" for number in range(count)], time.process_time()
+            assert near_name("backup-database-numbre-7", names) == "did you mean backup-database-number-7?"
+            return time.process_time() - begin
+
+        assert min(seconds(50_000) for _ in range(2)) < 5 * min(seconds(1_000) for _ in range(2))
 
 
 class TestShellWords:
