@@ -88,6 +88,7 @@ SLOWEST_COPY_BYTES = 256 * 1024  # a second, once COPY_SECONDS are over
 COPY_SECONDS = 60
 MAX_PAGE_JOBS = 10_000
 BULK_JOBS = 500  # in a transaction
+MAX_REFUSED = 1_000  # that a bulk's answer names one by one
 HEALTH_SECONDS = 5
 GONE_SECONDS = 3_600
 MAX_LIST_JOBS = 20_000  # a transaction of so many holds up the others for a fifth of a second
@@ -404,7 +405,7 @@ def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str
 
 def _retry_all(api: Api, wanted: Wanted) -> Response:
     wanted = wanted._replace(before=api.do(lists.last_id) + 1)  # none of those that this makes
-    queued, refused = 0, []
+    queued, refused, more = 0, [], 0
     while rows := api.do(lists.page, wanted, BULK_JOBS):
         wanted = wanted._replace(after=rows[-1]["id"])
         jobs = {}
@@ -419,7 +420,8 @@ def _retry_all(api: Api, wanted: Wanted) -> Response:
             if not queued:
                 raise
             refused += [{"id": id_, "detail": error.detail} for id_ in jobs]  # the last worker went meanwhile
-    return answer_json({"queued": queued, "refused": refused})
+        more, refused = more + len(refused[MAX_REFUSED:]), refused[:MAX_REFUSED]
+    return answer_json({"queued": queued, "refused": refused} | ({"more_refused": more} if more else {}))
 
 
 def cancel_jobs(api: Api, _request: Request, states: Sequence[str], **wishes: Any) -> Response:

@@ -201,6 +201,16 @@ class TestBulk:
         assert [each["id"] for each in reply["refused"]] == [first]
         assert "no job named 'quick'" in reply["refused"][0]["detail"]
 
+    def test_the_refused_are_named_up_to_a_thousand_and_then_counted(self) -> None:
+        with contextlib.closing(Store(":memory:").start()) as store:
+            ids = store.do(state.add, [state.NewJob("gone")] * (1_502), 0.0, True).result()
+            store.do(lists.cancel_all, lists.Wanted(), len(ids), 0.0).result()
+            answer = api._retry_all(api.Api(store, Configs([]), True), lists.Wanted(("cancelled",)))
+        assert isinstance(answer.body, bytes)
+        told = json.loads(answer.body)
+        assert [each["id"] for each in told["refused"]] == ids[:1_000]
+        assert (told["queued"], told["more_refused"]) == (0, 502)
+
     def test_what_was_queued_is_counted_though_the_last_worker_goes_meanwhile(self) -> None:
         with contextlib.closing(Store(":memory:").start()) as store:
             configs = Configs([JobConfig(name="once", image="busybox")])
