@@ -250,7 +250,8 @@ class Docker:
         return sorted(path.name for path in (self.folder / "containers").iterdir() if path.name[0] != ".")
 
     def close(self) -> None:
-        for pid_file in self.folder.glob("containers/*/pid"):
+        (self.folder / "containers").rename(self.folder / "closed")  # nothing starts any more
+        for pid_file in self.folder.glob("closed/*/pid"):
             with contextlib.suppress(OSError, ValueError):
                 if not (pid_file.parent / "exit").exists():
                     os.killpg(int(pid_file.read_text()), signal.SIGKILL)
