@@ -247,6 +247,8 @@ class Api:
             raise
         except StoreError as error:
             raise ApiError(HTTPStatus.INSUFFICIENT_STORAGE, f"nothing was changed: {error}") from error
+        except RecursionError as error:  # read, but not written again
+            raise ApiError(HTTPStatus.BAD_REQUEST, "the body is nested too deep") from error
         except Exception as error:
             log.error("internal error at %s %s", request.method, request.path, exc_info=error)
             raise ApiError(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error; the server's log says more") from error

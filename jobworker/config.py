@@ -160,7 +160,8 @@ class Configs:
         job = self.by_name.get(name)
         if job is None or failures > job.retries:
             return None
-        delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), MAX_RETRY_DELAY_SECONDS)
+        most = max(MAX_RETRY_DELAY_SECONDS, job.retry_delay)
+        delay = min(job.retry_delay * 2.0 ** min(failures - 1, 40), most)
         return delay * self._chance.uniform(0.75, 1.25)
 
     def follow_up(self, name: str, final_state: str) -> tuple[str, dict[str, str], int] | None:
@@ -399,10 +400,13 @@ def _one_of(names: Collection[str]) -> Reader:
 def _pairs(node: yaml.Node) -> yaml.Node:
     """Give the map `{NAME: value, NAME: null}` that a list `[NAME=value, NAME]` stands for, and a map as it is."""
 
+    def quoted(text: str, mark: yaml.Mark) -> yaml.Node:  # text it is, whatever it looks like
+        return yaml.ScalarNode("str", text, mark, style='"')
+
     def split(item: yaml.Node) -> tuple[yaml.Node, yaml.Node]:
         name, equals, value = _ANY_TEXT(item).partition("=")
         mark = item.start_mark
-        return yaml.ScalarNode("str", name, mark), yaml.ScalarNode("str" if equals else "null", value, mark)
+        return quoted(name, mark), quoted(value, mark) if equals else yaml.ScalarNode("null", "", mark)
 
     return (
         yaml.MappingNode("map", _each(node.value, split), node.start_mark)
@@ -500,15 +504,18 @@ def _check_follow_ups(jobs: Mapping[str, JobConfig], pair: tuple[yaml.Node, JobC
 
 def _chain_back(jobs: Mapping[str, JobConfig], goal: str, first: str) -> list[str]:
     """Give the names of follow-ups from one back to the goal; none where they end elsewhere."""
-    chains, seen = [[goal, first]], {first}
-    for chain in chains:
-        if chain[-1] == goal:
-            return chain
-        job = jobs.get(chain[-1])
+    before, waiting = {first: goal}, [first]  # what each is led to by
+    for at in waiting:
+        job = jobs.get(at)
         for name in (job.on_failure, job.on_success) if job else ():
-            if name and (name not in seen or name == goal):
-                seen.add(name)
-                chains.append([*chain, name])
+            if name == goal:
+                chain = [goal, at]
+                while chain[-1] != goal:
+                    chain.append(before[chain[-1]])
+                return chain[::-1]
+            if name and name not in before:
+                before[name] = at
+                waiting.append(name)
     return []
 
 

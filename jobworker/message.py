@@ -176,15 +176,20 @@ NO_LIST = 'the body must be a JSON list such as [{"name": "hello-world"}]'
 
 def read_json(body: bytes | bytearray) -> Any:
     """Give the value of a body that is about one job. Raises ApiError."""
-    if len(body) > MAX_JOB_BYTES:
-        raise ApiError(HTTPStatus.BAD_REQUEST, f"the JSON of one job may have {MAX_JOB_BYTES} bytes")
+    _refuse_long(body)
     with _refusing_bad_json():
         text = body.decode()
         return _checked(json.loads(text, parse_constant=_refuse_constant), text)
 
 
+def _refuse_long(body: bytes | bytearray) -> None:
+    if len(body) > MAX_JOB_BYTES:
+        raise ApiError(HTTPStatus.BAD_REQUEST, f"the body that is about one job may have {MAX_JOB_BYTES} bytes")
+
+
 def read_form(body: bytes | bytearray) -> dict[str, str]:
     """Give the fields of a form, as `curl -d NAME=Ada` sends it. Raises ApiError."""
+    _refuse_long(body)
     try:
         text = body.decode()
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=1_000)

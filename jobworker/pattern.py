@@ -9,7 +9,7 @@ matches nothing.
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from re import _constants as codes
 from re import _parser as parser
 from typing import Any, NamedTuple
@@ -80,6 +80,7 @@ class Pattern:
         re.compile(expression)  # raises re.error with the place
         self.expression = expression
         self._states: list[_State] = []
+        self._readers: dict[tuple[str, int], Callable[[str], object]] = {}  # `re` itself keeps 512, of all patterns
         parsed = parser.parse(expression)
         self._end = self._add(())
         self._start = self._sequence(parsed, self._end, parsed.state.flags)
@@ -114,7 +115,12 @@ class Pattern:
 
     def _reads(self, state: int, character: str) -> bool:
         _next, one, _anchor, flags = self._states[state]
-        return one != "" and _reads(one, flags, character)
+        if not one:
+            return False
+        reader = self._readers.get((one, flags))
+        if reader is None:
+            reader = self._readers[one, flags] = re.compile(one, flags).fullmatch
+        return reader(character) is not None
 
     def _closure(self, states: Iterable[int], before: int, after: int) -> set[int]:
         """Give all states that are reached without reading a character."""
@@ -214,8 +220,3 @@ def _member(code: Any, argument: Any) -> str:
 
 def _escaped(code_point: int) -> str:
     return f"\\U{code_point:08x}"
-
-
-@functools.lru_cache(maxsize=65536)
-def _reads(one: str, flags: int, character: str) -> bool:
-    return re.compile(one, flags).fullmatch(character) is not None

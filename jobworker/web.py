@@ -315,7 +315,7 @@ class HttpConnection(BaseHTTPRequestHandler):
         if not request.unread:
             return
         self._wait_for_request(BODY_SECONDS)
-        if "expect" in request.headers:
+        if "expect" in request.headers and request.http_1_1:
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.body = body = bytearray(request.content_length)
         left = memoryview(body)
@@ -334,6 +334,7 @@ class HttpConnection(BaseHTTPRequestHandler):
             self._send(head + response.body if with_body else head, since)
             return
         chunked = not request or request.http_1_1
+        self.close_connection |= not chunked  # by which its end is known
         self._send(response.head(self.close_connection, "Transfer-Encoding: chunked\r\n" * chunked), since)
         if with_body:
             self._stream(response.body, chunked, since)

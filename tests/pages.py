@@ -78,6 +78,10 @@ SITE_JOBS = f"""
   image: busybox
   command: "true"
   tags: [gpu]
+- name: greet
+  image: busybox
+  command: "true"
+  parameters: {{WHO: {{pattern: '[\\w .-]{{1,40}}'}}, SIZE: {{pattern: '[0-9]{{,4}}'}}}}
 - name: '{MARKUP}'
   image: busybox
   command: [sh, -c, 'echo "$WHO"; echo "<script>alert(2)</script>"']

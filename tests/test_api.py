@@ -139,6 +139,18 @@ class TestErrors:
         assert problem(api.http("POST", "/api/jobs/sh", body), 400)
         assert api.http("GET", "/api/jobs").body == before
 
+    def test_json_that_can_be_read_but_not_written_is_refused(self, api: Server) -> None:
+        """How deep that is hangs on what called the reader."""
+        for depth in range(850, 1_000):
+            nested = b"[" * depth + b"]" * depth
+            for name, body in (("sh", b'{"environment":{"SCRIPT":' + nested + b"}}"), ("quick", nested)):
+                problem(api.http("POST", f"/api/jobs/{name}", body, headers={"Idempotency-Key": str(depth)}), 400)
+
+    def test_a_form_is_no_longer_than_json_may_be(self, api: Server) -> None:
+        form = {"Content-Type": "application/x-www-form-urlencoded"}
+        reply = api.http("POST", "/api/jobs/sh", b"SCRIPT=" + b"%41" * 90_000, headers=form)
+        assert "may have 262144 bytes" in problem(reply, 400)
+
     @pytest.mark.parametrize("body", [b"[]", b"null", b"0", b'""', b"false"])
     def test_a_body_that_is_no_object_is_refused_for_any_job(self, api: Server, body: bytes) -> None:
         problem(api.http("POST", "/api/jobs/quick", body), 400)
@@ -298,6 +310,20 @@ class TestLists:
         assert {shown["reason"] for shown in api.show(rows)} == {"no worker is connected"}
         store.close()
         assert len([sql for sql in asked if sql.startswith("BEGIN")]) == 2
+
+    def test_a_name_more_costs_what_each_costs(self) -> None:
+        """In a ratio, as the machine's speed is anybody's: so many queries at once held the store for seconds."""
+
+        def seconds_a_name(count: int) -> float:
+            with contextlib.closing(Store(":memory:").start()) as store:
+                ids = store.do(state.add, [NewJob(f"job-{number}") for number in range(count)], 1.0, True).result()
+                begin = time.perf_counter()
+                rows = store.do(lists.page, lists.Wanted(q="job"), 250).result()
+                spent = time.perf_counter() - begin
+            assert [row["id"] for row in rows] == ids[:250]
+            return spent / count
+
+        assert min(seconds_a_name(4_000) for _ in range(2)) < 3 * min(seconds_a_name(400) for _ in range(3))
 
     def test_a_list_is_answered_with_what_was_accepted(self) -> None:
         """However fast a worker, or somebody who cancels, is meanwhile."""

@@ -93,6 +93,7 @@ class TestJobsYaml:
             ("environment: {A: text, B: 5, C: -1.50, D: '', E: , F: 'no'}",
              {"environment": {"A": "text", "B": "5", "C": "-1.50", "D": "", "E": None, "F": "no"}}),
             ("environment: [A=b=c, B=, C, 'D=x y']", {"environment": {"A": "b=c", "B": "", "C": None, "D": "x y"}}),
+            ("environment: [A=12e4567, 'B=1e5', C=0o7]", {"environment": {"A": "12e4567", "B": "1e5", "C": "0o7"}}),
             ('environment: {A: "two\\nlines"}', {"environment": {"A": "two\nlines"}}),
             ("volumes: [/a:/b, 'data:/c:ro,z', /d]", {"volumes": ("/a:/b", "data:/c:ro,z", "/d")}),
             ("working_dir: /srv", {"working_dir": "/srv"}),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from playwright.sync_api import Locator, Page, Route, expect
@@ -163,6 +164,14 @@ class TestDashboardActs:
         expect(dialog.get_by_label("DATABASE")).to_have_attribute("aria-invalid", "true")
         expect(dialog).to_contain_text("must match [a-z_-]+")
         assert len(site.get("/api/jobs")) == jobs
+
+    def test_a_value_that_only_the_server_can_judge_is_sent(self, page: Page) -> None:
+        """JavaScript's \\w is ASCII, and its {,9} no repeat."""
+        dialog = self.run_dialog(page, "greet")
+        dialog.get_by_label("WHO").fill("Zoë")
+        dialog.get_by_label("SIZE").fill("7")
+        dialog.get_by_role("button", name="Run", exact=True).click()
+        expect(page.get_by_role("dialog", name=re.compile(r"^greet #\d+$"))).to_contain_text("Success")
 
     def test_a_refusal_is_said_in_the_servers_words(self, stage: Stage, reader_of: ReaderOf) -> None:
         server = stage.server(jobs=SITE_JOBS)
@@ -693,6 +702,15 @@ class TestDashboardLive:
         waits = page.evaluate("window.waits")
         assert len(waits) > 20
         assert statistics.median(waits) < 100
+
+    def test_a_line_separator_in_an_event_is_read(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        again: list[str] = []
+        page.on("request", lambda request: again.append(request.url) if request.url.endswith("/api/events") else None)
+        job = site.post(quote(MARKUP), environment={"WHO": "a\u2028b"})
+        expect(row_of(page, job)).to_contain_text("Success")
+        expect(page.get_by_text("Live", exact=True)).to_be_visible()
+        assert again == []
 
     def test_no_row_moves_under_the_pointer(self, site: Server, reader_of: ReaderOf) -> None:
         page = reader_of(site).open_live()

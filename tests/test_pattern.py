@@ -52,6 +52,18 @@ class TestPattern:
         plain = min(seconds(Pattern(r"[ab@.,x1]*")) for _ in range(3))
         assert min(seconds(Pattern(expression)) for _ in range(3)) < 20 * plain
 
+    def test_more_characters_to_judge_than_re_keeps_compiled_cost_no_more_each(self) -> None:
+        def seconds(count: int) -> float:
+            pattern = Pattern(f"(?:{'|'.join(f'[{chr(0x4E00 + n)}a]x' for n in range(count))})*")
+            with contextlib.suppress(TooLong):
+                pattern.fullmatch("ax" * 20)
+            begin = time.process_time()
+            with contextlib.suppress(TooLong):
+                pattern.fullmatch("ax" * 20)
+            return time.process_time() - begin
+
+        assert min(seconds(1_000) for _ in range(3)) < 10 * min(seconds(400) for _ in range(3))
+
     def test_a_text_that_would_take_too_long_is_refused_whatever_came_before(self) -> None:
         pattern = Pattern("(a|b)*a(a|b){20}(c|d)*")
         text = "".join(random.Random(1).choices("ab", k=30_000))

@@ -53,6 +53,15 @@ class TestConnections:
         reply = idle.raw(head(b"GET /api/workers") + head(b"GET /nothing", b"Connection: close"))
         assert re.findall(rb"HTTP/1.1 (\d+) ", reply) == [b"200", b"404"]
 
+    def test_version_1_0_sees_the_end_of_a_streamed_answer(self, idle: Server) -> None:
+        head_ = b"GET /api/jobs HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", idle.port), timeout=AT_ONCE_SECONDS) as peer:
+            peer.sendall(head_)
+            answer = peer.makefile("rb").read()
+        head_, _, body = answer.partition(b"\r\n\r\n")
+        assert b"\r\nConnection: close" in head_
+        assert body.endswith(b"]\n")
+
     @pytest.mark.parametrize("head_", [b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n", b""])
     def test_a_peer_that_wants_no_keep_alive_is_left(self, idle: Server, head_: bytes) -> None:
         assert b" 200 " in idle.raw(head_ or head(b"GET /healthz", b"Connection: close"))
