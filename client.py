@@ -42,7 +42,7 @@ from websockets.typing import Subprotocol
 
 import protocol
 from jobworker import VERSION
-from jobworker.cleaner import Cleaner
+from jobworker.cleaner import Cleaner, Ender
 from jobworker.container import Answer, Engine, EngineAway, NotStarted, PastDeadline, name_for, option, read_clocks
 from jobworker.dialling import Complaints, Socket, destination, explain, limit_unsent
 from jobworker.ends import how_long, why
@@ -64,19 +64,13 @@ from jobworker.options import (
 from jobworker.output import LOG_BUFFER_BYTES, LOG_FLUSH_SECONDS, LOG_HEAD_BYTES, LOG_PIECE_BYTES, Output, pipe
 from jobworker.processes import end_commands
 from protocol import (
-    VERSION_2,
     Enqueue,
     Go,
     Hello,
-    JobConfigs,
     JobFailure,
     JobRunning,
     JobSuccess,
-    Log,
     Logged,
-    Pulling,
-    ReadAgain,
-    Reading,
     Settled,
     Stop,
 )
@@ -137,7 +131,7 @@ class Session:
 
     def __init__(self, socket_: Socket) -> None:
         self._socket = socket_
-        self.version = 2 if socket_.subprotocol == VERSION_2 else 1
+        self.version = 2 if socket_.subprotocol == protocol.VERSION_2 else 1
         headers = socket_.response.headers if socket_.response else {}
         self.server_id: str | None = headers.get(protocol.SERVER_HEADER)
         self.knows_readings = protocol.READINGS_HEADER in headers
@@ -185,7 +179,7 @@ class Session:
             message = self._outbox.popleft()
             if isinstance(message, Hello):
                 return protocol.encode(message)
-            size += 100 + (len(message.data) if isinstance(message, Log) else 0)
+            size += 100 + (len(message.data) if isinstance(message, protocol.Log) else 0)
             batch.append(message)
         return protocol.encode_batch(batch)
 
@@ -266,8 +260,7 @@ class Attempt:
 
     def on_tick(self, session: Session | None, room: int) -> int:
         """End it where its time is over; tell the server what is new of it. Returns what is left of `room` for logs."""
-        if self.life.is_too_old():
-            self.stop("timeout")
+        self.life.stop_if_too_old()
         if session is None or session.version == 1 or room <= 0:
             return room
         self.tell_pull(session)
@@ -284,16 +277,16 @@ class Attempt:
         told_on, image = self._told
         if self.life.pulling != image or (image and told_on is not session):
             self._told = session, self.life.pulling
-            session.send(Pulling(*self.key, self.life.pulling))
+            session.send(protocol.Pulling(*self.key, self.life.pulling))
 
     def send_log(self, session: Session, limit: int) -> int:
         if not self.agrees(session):
             if number := self.life.output.to_announce():
-                session.send(ReadAgain(*self.key, number))
+                session.send(protocol.ReadAgain(*self.key, number))
             return 0
         pieces = list(self.life.output.unsent(limit))
         for offset, data in pieces:
-            session.send(Log(*self.key, offset, data))
+            session.send(protocol.Log(*self.key, offset, data))
         return sum(len(data) for _offset, data in pieces)
 
     def report(self, session: Session) -> None:
@@ -317,7 +310,7 @@ class Worker:
     def __init__(self, options: argparse.Namespace, name: str, world: World) -> None:
         self.options, self.name, self.world = options, name, world
         self.engine = world.engine
-        self.cleaner = Cleaner(self.engine)
+        self.cleaner, self.ender = Cleaner(self.engine), Ender(world.end_commands)
         self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
         self.living: dict[Attempt, None] = {}  # whose life goes on, held or let go, in the order of their starts
@@ -419,7 +412,7 @@ class Worker:
 
     def _receive(self, message: protocol.FromServer) -> None:
         match message:
-            case JobConfigs(configs):
+            case protocol.JobConfigs(configs):
                 self._on_configs(configs)
             case Enqueue():
                 self._on_enqueue(message)
@@ -447,7 +440,7 @@ class Worker:
         self._hold((message.job, number), message.name, container, message.environment or {})
         self._ask()
 
-    def _on_order(self, attempt: Attempt, message: Go | Stop | Settled | Logged | Reading) -> None:
+    def _on_order(self, attempt: Attempt, message: Go | Stop | Settled | Logged | protocol.Reading) -> None:
         match message:
             case Go():
                 if attempt.state in ("assigned", "asked"):
@@ -456,7 +449,7 @@ class Worker:
                 attempt.stop("cancelled")
             case Settled():
                 self._let_go(attempt)
-            case Reading():
+            case protocol.Reading():
                 attempt.life.output.server_has(message.number)
             case Logged():
                 self._go_on(attempt, message.offset)
@@ -534,6 +527,8 @@ class Worker:
         del self.held[attempt.key]
         attempt.let_go()
         self.cleaner.add(attempt.life.container)
+        if attempt in self.living:  # its container may be about to start, where nobody would look for it any more
+            self.ender.keep_ending(attempt.life.container, lambda: attempt in self.living, self._leave_if_drained)
         self._ask()
         self._leave_if_drained()
 
@@ -587,9 +582,7 @@ class Worker:
             states = {each.container: each.state for each in found}
             for attempt in [each for each in self.living if each.life.hangs(states.get(each.life.container))]:
                 log.warning("%s: its container has ended, but its docker command has not: ending it", attempt.title)
-                for words in ({"run", f"--name={attempt.life.container}"}, {"logs", attempt.life.container}):
-                    with contextlib.suppress(NotStarted):
-                        await self.world.end_commands(words)
+                await self.ender.end(attempt.life.container)
 
     def running_containers(self) -> list[str]:
         return [attempt.life.container for attempt in self.held.values() if attempt.state in ("running", "unwanted")]
@@ -609,7 +602,7 @@ class Worker:
         self._leave_if_drained()
 
     def _leave_if_drained(self) -> None:
-        if self.draining and not self.held:
+        if self.draining and not (self.held or self.ender.busy):
             self._done.set()
 
 
@@ -703,7 +696,7 @@ def real_world(options: argparse.Namespace) -> World:
     async def dial() -> AsyncIterator[ClientConnection]:
         connecting = connect(
             options.uri,
-            subprotocols=[Subprotocol(VERSION_2)],
+            subprotocols=[Subprotocol(protocol.VERSION_2)],
             additional_headers={"Authorization": f"Bearer {options.token}"} if options.token else None,
             user_agent_header=f"jobworker/{VERSION}",
             proxy=None,
@@ -714,7 +707,13 @@ def real_world(options: argparse.Namespace) -> World:
             close_timeout=2,
             logger=quiet_logger(),
         )
-        async with connecting as connection:
+        try:
+            connection = await connecting
+        except (OSError, WebSocketException):
+            raise
+        except Exception as error:  # it leads elsewhere, to what is no address
+            raise WebSocketException(f"its answer can't be followed: {error}") from error
+        async with connection:
             limit_unsent(connection.transport.get_extra_info("socket"))
             yield connection
 

@@ -1,9 +1,11 @@
-"""Removes containers that nobody needs any more. It knows nothing of jobs."""
+"""Ends and removes containers that nobody needs any more. It knows nothing of jobs."""
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Awaitable, Callable
 
-from jobworker.container import Engine
+from jobworker.container import Engine, NotStarted
 
 REMOVE_AT_ONCE = 100
 GATHER_SECONDS = 2  # `docker rm` takes a tenth of the processor time that a short job takes
@@ -12,7 +14,43 @@ HUNG_SECONDS = 2
 AGAIN_SECONDS = 1
 AGAIN_CEILING_SECONDS = 60
 
+END_TRIES, END_AGAIN_SECONDS = 10, 0.5
+
 log = logging.getLogger("worker")
+
+
+class Ender:
+    """Ends the engine's commands of a container.
+
+    end_commands: kills those that have all these words. Raises NotStarted.
+    """
+
+    def __init__(self, end_commands: Callable[[set[str]], Awaitable[None]]) -> None:
+        self._end_commands = end_commands
+        self.busy: set[asyncio.Task[None]] = set()
+
+    async def end(self, container: str) -> None:
+        for words in ({"run", f"--name={container}"}, {"logs", container}):
+            with contextlib.suppress(NotStarted):
+                await self._end_commands(words)
+
+    def keep_ending(self, container: str, goes_on: Callable[[], bool], then: Callable[[], None]) -> None:
+        """End its commands, also one that is only about to start, for some seconds while it `goes_on`."""
+
+        async def keep() -> None:
+            for _ in range(END_TRIES):
+                await self.end(container)
+                await asyncio.sleep(END_AGAIN_SECONDS)
+                if not goes_on():
+                    break
+
+        def ended(task: asyncio.Task[None]) -> None:
+            self.busy.discard(task)
+            then()
+
+        task = asyncio.ensure_future(keep())
+        self.busy.add(task)
+        task.add_done_callback(ended)
 
 
 class Cleaner:

@@ -33,17 +33,17 @@ UNKNOWN = "in a state that can't be inspected"
 HALF_REMOVED = ("dead", "removing")  # has ended, and its log can't be read any more
 # The only words that mean that there is none; whatever else an engine says, it may be there.
 ABSENT = re.compile("no such (container|object|image)|image not known|no container with name or id", re.IGNORECASE)
-# `docker run` did not even reach the engine: nothing has started. Its first words, for a job may write such words, too.
+# `docker run` did not even reach the engine: nothing has started. All that was written, for a job may write such words.
 UNREACHED = re.compile(
     "(docker: )?(cannot connect to the docker daemon|failed to connect to the docker api"  # since 29
-    "|permission denied while trying to connect)",
+    r"|permission denied while trying to connect)[^\n]*\s*((see|run) 'docker run --help'[^\n]*\s*)?",
     re.IGNORECASE,
 )
 CONTAINER = re.compile(r"jobworker-[a-zA-Z0-9]*-(\d+)-(\d+)")
 BEGAN = "jobworker.began"  # a label: the boot and the second in which it was started
 COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
 COMPLAINT_BYTES = 1000
-UNREADABLE = b"configured logging driver does not support reading"
+UNREADABLE = re.compile(rb"[^\n]*configured logging driver does not support reading\s*")
 
 log = logging.getLogger("worker")
 
@@ -160,7 +160,7 @@ class Engine:
 
         def watch(data: bytes) -> None:
             nonlocal beginning
-            beginning = (beginning + data)[:1000] if len(beginning) < 1000 else beginning
+            beginning = (beginning + data)[:COMPLAINT_BYTES] if len(beginning) < COMPLAINT_BYTES else beginning
             output(data)
 
         verb, *words = command.arguments
@@ -173,30 +173,23 @@ class Engine:
         boot, _, began = str(labels_of(inspected).get(BEGAN)).rpartition(" ")
         if boot and boot == self._clocks.boot:
             return max(self._clocks.steady() - float(began), 0)
-        return seconds_since(str((inspected.get("State") or {}).get("StartedAt")), self._clocks.wall())
+        return seconds_since(str(part_of(inspected, "State").get("StartedAt")), self._clocks.wall())
 
     async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all.
 
         is_last: what the command says is passed on though it fails.
         """
-        unreadable = False
         beginning = Beginning(output)
-
-        def watch(data: bytes) -> None:
-            nonlocal unreadable
-            unreadable = unreadable or UNREADABLE in data
-            if not unreadable:
-                beginning.add(data)
-
         try:
-            answer = await self._command(["logs", "--follow", container], output=watch)
+            answer = await self._command(["logs", "--follow", container], output=beginning.add)
         except NotStarted as error:
             log.warning("docker logs could not be started; trying again: %s", error)
             return False
         finally:
             beginning.hold()
-        if answer.code == 0 or is_last:
+        unreadable = answer.code != 0 and UNREADABLE.fullmatch(beginning.held) is not None
+        if answer.code == 0 or (is_last and not unreadable):
             beginning.pass_on()
         return answer.code == 0 or unreadable
 
@@ -363,15 +356,16 @@ class Beginning:
 
     def __init__(self, output: Callable[[bytes], None]) -> None:
         self._output = output
-        self._held: bytes | None = b""  # None: all is passed on as it comes
+        self._holds = True  # else all is passed on as it comes
+        self.held = b""
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, data: bytes) -> None:
-        if self._held is None:
+        if not self._holds:
             self._output(data)
             return
-        self._held += data
-        if len(self._held) > COMPLAINT_BYTES:
+        self.held += data
+        if len(self.held) > COMPLAINT_BYTES:
             self.pass_on()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(COMPLAINT_SECONDS, self.pass_on)
@@ -383,7 +377,7 @@ class Beginning:
 
     def pass_on(self) -> None:
         self.hold()
-        held, self._held = self._held, None
+        held, self.held, self._holds = self.held, b"", False
         if held:
             self._output(held)
 
@@ -424,8 +418,14 @@ def read_state_of(text: str) -> dict[str, Any] | None:
     return states[0] if states and isinstance(states[0], dict) else None
 
 
+def part_of(inspected: dict[str, Any], key: str) -> dict[str, Any]:
+    """Give a part of what `inspect` says; nothing where that is no object."""
+    part = inspected.get(key)
+    return part if isinstance(part, dict) else {}
+
+
 def labels_of(inspected: dict[str, Any]) -> dict[str, Any]:
-    return (inspected.get("Config") or {}).get("Labels") or {}
+    return part_of(part_of(inspected, "Config"), "Labels")
 
 
 def read_found(inspected: dict[str, Any]) -> Found | None:
@@ -434,7 +434,7 @@ def read_found(inspected: dict[str, Any]) -> Found | None:
     job, attempt = (str(labels.get(f"jobworker.{key}")) for key in ("job", "attempt"))
     if not (job.isdecimal() and attempt.isdecimal()):
         return None
-    status = str((inspected.get("State") or {}).get("Status"))
+    status = str(part_of(inspected, "State").get("Status"))
     name = str(inspected.get("Name")).removeprefix("/")
     return Found(int(job), int(attempt), status, name, str(labels.get("jobworker.name", "")))
 
@@ -576,8 +576,8 @@ def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     if state.get("Status") in NEVER_STARTED or str(state.get("StartedAt")).startswith("0001-"):
         return None, "docker"  # it never started
     code = state.get("ExitCode")
-    if not isinstance(code, int):
-        return None, "docker"  # nothing but a 0 is a success
+    if type(code) is not int or abs(code) >= 2**31:  # nothing but a 0 is a success, and the wire has room for 32 bits
+        return None, "docker"
     return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
 
 

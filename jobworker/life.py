@@ -8,6 +8,7 @@ import math
 from typing import Any, NamedTuple
 
 from jobworker.container import (
+    COMPLAINT_BYTES,
     ENGINE_PATIENCE_SECONDS,
     ENGINE_RETRY_SECONDS,
     HALF_REMOVED,
@@ -22,9 +23,11 @@ from jobworker.container import (
     docker_run_command,
     exit_of_command,
     has_other_code,
+    is_absent,
     is_running,
     labels_of,
     may_run,
+    part_of,
     read_state,
 )
 from jobworker.output import Output
@@ -87,9 +90,16 @@ class Life:
         """How long ago its container was started; None where it was not."""
         return None if self._started is None else asyncio.get_running_loop().time() - self._started
 
-    def is_too_old(self) -> bool:
-        timeout = self.config.get("timeout")
-        return bool(timeout and self._started and asyncio.get_running_loop().time() > self._started + timeout)
+    def stop_if_too_old(self) -> None:
+        timeout, now = self.config.get("timeout"), asyncio.get_running_loop().time()
+        if timeout and self._started and now > self._started + timeout and self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._time_out())
+
+    async def _time_out(self) -> None:
+        """Stop it, unless it has ended in time and its command has yet to tell."""
+        state = await self._engine.state(self.container)
+        if state is None or may_run(str(state.get("Status"))):
+            self.stop("timeout", at_once=True)
 
     def hangs(self, status: str | None) -> bool:
         """Whether its container had ended at the last look, too, and nothing has come of that since.
@@ -125,7 +135,7 @@ class Life:
         return await self._run_container(config, command)
 
     async def _run_container(self, config: Config, command: Command) -> End:
-        image = config["image"]
+        image, is_first = config["image"], True
         while True:
             if error := await self._provide_image(config):
                 return self.failure(self._stop_reason or "image", error)
@@ -137,8 +147,11 @@ class Life:
             except NotStarted as error:
                 return self.failure(self._stop_reason or "docker", str(error))
             self.output.is_whole()
-            if code != NOT_STARTED or image not in self._engine.images or await self._engine.may_have_image(image):
-                return await self._conclude(code, code == NOT_STARTED and bool(UNREACHED.match(beginning)))
+            complains = code == NOT_STARTED and self.output.end <= COMPLAINT_BYTES
+            lacks = complains and is_first and image in self._engine.images and is_absent(image, beginning)
+            if not lacks or await self._engine.may_have_image(image):
+                return await self._conclude(code, complains and UNREACHED.fullmatch(beginning) is not None)
+            is_first = False
             self.output.read_again()  # somebody removed the image since the last job
 
     async def _start(self, command: Command) -> Answer:
@@ -179,7 +192,8 @@ class Life:
         """Live from a container that a former life has left, running or ended, to the end."""
         inspected = await self._engine.inspect(self.container) or {}
         self.name = str(labels_of(inspected).get("jobworker.name", self.name))
-        self._started = asyncio.get_running_loop().time() - self._engine.seconds_since_start(inspected)
+        if is_running(part_of(inspected, "State")):  # of one that has ended it is not known when
+            self._started = asyncio.get_running_loop().time() - self._engine.seconds_since_start(inspected)
         await self._follow()
         return await self._conclude(None)
 

@@ -242,8 +242,10 @@ class TestEnginesWords:
         ],
     )
     def test_the_engine_was_not_reached(self, complaint: str) -> None:
-        assert UNREACHED.match(complaint)
-        assert not UNREACHED.match(f"a job's own words: {complaint}")
+        assert UNREACHED.fullmatch(complaint)
+        assert UNREACHED.fullmatch(f"{complaint}\nSee 'docker run --help'.\n")
+        assert not UNREACHED.fullmatch(f"a job's own words: {complaint}")
+        assert not UNREACHED.fullmatch(f"{complaint}\na job goes on\n")
 
 
 class TestFollowingALog:

@@ -1,0 +1,192 @@
+"""What a job comes to is what its container did, and only that, whatever command, engine or server did beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+import pytest
+
+import protocol
+from jobworker.container import part_of, read_found, read_state
+from tests.peers import ScriptedServer
+from tests.stage import Stage, until
+from tests.test_client_hangs import limping
+
+ONE = "- {name: one, image: busybox, command: [sh, -c, 'sleep 0.5; echo done'], timeout: 2s, retries: 1}\n"
+
+
+def passes(seconds: float) -> None:
+    """Wait until a time is over, for what must not come of it."""
+    end = time.monotonic() + seconds
+    until(lambda: time.monotonic() > end, seconds + 5)
+
+
+class TestTimeout:
+    """It is for what takes too long, not for what ended in time and was told of late."""
+
+    def test_what_ended_in_time_while_its_worker_was_away(self, stage: Stage) -> None:
+        server = stage.server(jobs=ONE)
+        worker = stage.worker(server)
+        job = server.post("one")
+        until(lambda: stage.docker.starts(job) == 1)
+        worker.kill()
+        until(lambda: stage.docker.ledger("end", job))
+        passes(2)
+        worker.start()
+        end = server.ended(job)
+        assert (end["state"], end["attempt"], end["exit_code"], end["reason"]) == ("success", 1, 0, None)
+        assert stage.docker.starts(job) == 1
+
+    def test_what_ended_in_time_while_its_command_hung(self, stage: Stage) -> None:
+        server = stage.server(jobs=ONE)
+        stage.worker(server)
+        job = server.post("one")
+        until(lambda: stage.docker.starts(job) == 1)
+        [command] = stage.docker.clients(job)
+        os.kill(command, signal.SIGSTOP)
+        until(lambda: stage.docker.ledger("end", job))
+        passes(3)
+        os.kill(command, signal.SIGCONT)
+        end = server.ended(job)
+        assert (end["state"], end["attempt"], end["exit_code"], end["reason"]) == ("success", 1, 0, None)
+
+
+class TestLetGo:
+    """A container that is only about to be created never starts once its server has let go of it."""
+
+    @pytest.mark.parametrize("drains", [False, True], ids=["goes on", "drains"])
+    def test_it_does_not_start_later(self, stage: Stage, drains: bool) -> None:
+        with ScriptedServer({"name": "one", "image": "busybox", "command": ["sleep", "60"]}, version=2) as server:
+            worker = stage.worker(server)
+            stage.docker.delay("run", 3)
+            server.send(protocol.Enqueue(1, "one", 1, {}))
+            server.wait_for(protocol.JobRunning(1, 1))
+            server.send(protocol.Go(1, 1))
+            until(lambda: stage.docker.calls("run"))
+            server.send(protocol.Settled(1, 1))
+            if drains:
+                worker.signal(signal.SIGTERM)
+                assert worker.exit_code() == 0
+            passes(4)
+            assert stage.docker.starts() == 0
+            assert stage.docker.containers() == []
+
+
+class TestRunAgain:
+    """Only where docker's own words say that the image was not there, and nothing else was written."""
+
+    def test_a_job_that_exits_125_while_its_image_goes(self, stage: Stage) -> None:
+        go = stage.folder / "go"
+        wait = f"echo precious; while [ ! -e {go} ]; do sleep 0.05; done; exit 125"
+        server = stage.server(jobs=f"- {{name: one, image: busybox, command: [sh, -c, '{wait}']}}\n")
+        stage.worker(server)
+        job = server.post("one")
+        until(lambda: stage.docker.starts(job) == 1)
+        stage.docker.allow("hello-world")
+        stage.docker.offer("busybox")
+        go.touch()
+        end = server.ended(job)
+        assert (end["exit_code"], server.log(job)) == (125, b"precious\n")
+        assert len(stage.docker.clients(job)) == 1
+
+    def test_a_job_whose_engine_comes_back_empty(self, stage: Stage) -> None:
+        server = stage.server(jobs="- {name: one, image: busybox, command: [sh, -c, 'echo begun; sleep 1000']}\n")
+        stage.worker(server)
+        job = server.post("one")
+        until(lambda: server.log(job) == b"begun\n")
+        down, [name], container = stage.docker.folder / "down", stage.docker.containers(), stage.docker.pid(job)
+        down.touch()
+        stage.docker.allow("hello-world")
+        stage.docker.offer("busybox")
+        parent = re.findall(r"PPid:\t(\d+)", Path(f"/proc/{container}/status").read_text())
+        os.kill(int(parent[0]), signal.SIGKILL)
+        os.killpg(container, signal.SIGKILL)
+        (stage.docker.folder / "containers" / name).rename(stage.docker.folder / "lost")
+        down.unlink()
+        assert server.ended(job)["state"] == "failure"
+        assert stage.docker.starts(job) == 1
+
+    def test_an_image_that_a_pull_does_not_bring_is_an_end(self, stage: Stage) -> None:
+        """The engine takes it away again before each start."""
+        server = stage.server()
+        stage.docker.offer("busybox")
+        stage.worker(server, *limping(stage, "[ $1 = run ] && echo hello-world >$HERE/images"))
+        end = server.ended(server.sh("true"))
+        assert (end["state"], end["reason"]) == ("failure", "image")
+
+
+class TestOddAnswers:
+    def test_an_exit_code_that_the_wire_has_no_room_for(self, stage: Stage) -> None:
+        """As Windows' containers have them."""
+        server = stage.server()
+        edit = f's/"ExitCode": 58/"ExitCode": {0xC000013A}/'
+        stage.worker(server, *limping(stage, f"[ $1 = inspect ] && {{ $HERE/docker \"$@\" | sed '{edit}'; exit; }}"))
+        end = server.ended(server.sh("exit 58"))
+        assert (end["state"], end["exit_code"], end["reason"]) == ("failure", None, "docker")
+        assert server.ended(server.post("quick"))["success"]
+
+    @pytest.mark.parametrize("code", [True, 2**31, -(2**31), 1.0, "0", None])
+    def test_what_is_no_exit_code_is_no_success(self, code: object) -> None:
+        assert read_state({"Status": "exited", "ExitCode": code}) == (None, "docker")
+
+    def test_parts_that_are_no_objects_are_none(self) -> None:
+        assert part_of({"State": "running"}, "State") == {}
+        assert read_found({"State": "running", "Config": {"Labels": ["a=b"]}, "Name": "/x"}) is None
+
+    def test_words_of_a_job_are_not_the_log_drivers(self, stage: Stage) -> None:
+        server, go = stage.server(), stage.folder / "go"
+        worker = stage.worker(server)
+        words = "error: configured logging driver does not support reading"
+        job = server.sh(f"echo one; while [ ! -e {go} ]; do sleep 0.05; done; echo {words}; echo two")
+        until(lambda: server.log(job) == b"one\n")
+        worker.kill()
+        worker.start()
+        until(lambda: stage.docker.calls("logs"))
+        go.touch()
+        assert server.ended(job)["success"]
+        assert server.log(job) == f"one\n{words}\ntwo\n".encode()
+
+    @pytest.mark.parametrize("target", ["ws://[", "ws://127.0.0.1:99999/", f"ws://{'a' * 70}.example/"])
+    def test_a_redirection_to_what_is_no_address_is_said_and_tried_again(self, stage: Stage, target: str) -> None:
+        with Redirecting(target) as server:
+            worker = stage.worker(server, connects=False)
+            until(lambda: server.asked > 1)
+            assert worker.said("its answer can't be followed")
+            assert worker.process.poll() is None
+
+
+class Redirecting:
+    """A server that sends all who come elsewhere."""
+
+    def __init__(self, target: str) -> None:
+        self._answer = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.asked = 0
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                peer, _address = self._listener.accept()
+            except OSError:
+                return
+            with peer:
+                self.asked += 1
+                peer.recv(65536)
+                peer.sendall(self._answer)
+                peer.recv(1)
