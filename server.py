@@ -232,6 +232,7 @@ class Dispatcher:
         self.workers: dict[int, ConnectedWorker] = {}
         self.away: dict[int, GracePeriod] = {}
         self._to_detach: dict[int, float] = {}  # since when each was connected
+        self._detaching: set[tuple[int, float]] = set()  # what the store was asked, and has not answered
         self._silent: dict[ServerConnection, None] = {}  # those that have said nothing yet
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
@@ -403,8 +404,12 @@ class Dispatcher:
 
     def _write_detached(self, worker_id: int) -> None:
         since = self._to_detach[worker_id]
+        if (worker_id, since) in self._detaching:  # the disk may hang for minutes
+            return
+        self._detaching.add((worker_id, since))
 
         def written(result: int | Exception) -> None:
+            self._detaching.discard((worker_id, since))
             if isinstance(result, Exception):  # the next tick tries again
                 self._report(result)
             elif self._to_detach.get(worker_id) == since:
@@ -497,6 +502,7 @@ class Core:
         self.clock = WatchedClock(self._on_jump, outside.clock, outside.steady)
         self.dispatcher = Dispatcher(store, configs, options.grace, self.clock, outside.chance, outside.write)
         self._keep: float = options.keep
+        self._prunes = False  # one piece after the other, however long that takes
         self._scheduler = Scheduler(store, self.clock)
         self._shift = 0.0  # of the clock, in seconds, which the delays do not know yet
 
@@ -592,10 +598,12 @@ class Core:
 
     def _prune(self) -> None:
         def pruned(count: int | Exception) -> None:
+            self._prunes = False
             if not isinstance(count, Exception) and count:  # some at a time, with room for others between
                 self._prune()
 
-        if self._keep and not self.clock.was_set_lately():
+        if self._keep and not self._prunes and not self.clock.was_set_lately():
+            self._prunes = True
             names = frozenset(self.dispatcher.configs.by_name)
             self.store.do_then(pruned, retention.prune, self.clock() - self._keep, names, PRUNE_JOBS)
 

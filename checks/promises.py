@@ -132,7 +132,7 @@ class Commits:
         if server_ is self.world.server and self.world.now() - when < delay:
             raise Broken(f"job {job} was tried again after {self.world.now() - when:.2f} s, not {delay:.2f}")
         limit = JOBS[row["name"]].concurrency
-        if limit and db.one(state.COUNT_ACTIVE, row["name"])[0] > limit:
+        if limit and state.count_active(db)[row["name"]] > limit:
             raise Broken(f"more than {limit} jobs {row['name']} are assigned or running, job {job} among them")
         if db.one(WORKER, row["worker"])["protocol"] == 1:
             return

@@ -13,7 +13,7 @@ import random
 import sqlite3
 from bisect import bisect_left
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -75,7 +75,7 @@ LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
 QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
 READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_queued
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
-COUNT_ACTIVE = f"SELECT count(*) FROM job WHERE {_ACTIVE} AND +name = ?"  # by state: few are active
+ACTIVE_NAMES = f"SELECT name FROM job WHERE {_ACTIVE}"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes, reading FROM job
     WHERE {_ACTIVE} AND worker = ?"""
 MAY_COME_BACK = f"""SELECT id, name, protocol FROM worker
@@ -110,7 +110,7 @@ SET_CLOCK = "UPDATE server SET clock = ?"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 ALL_NAMES = _each_name("job_name", "1")
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
-MAKE_DUE = "UPDATE job SET not_before = NULL WHERE not_before <= ?"
+MAKE_DUE = "UPDATE job SET not_before = NULL WHERE id IN (SELECT id FROM job WHERE not_before <= ? LIMIT 5000)"
 IS_CONNECTED = "SELECT 1 FROM worker WHERE name = ? AND connected AND connected_at = ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
@@ -437,7 +437,7 @@ def end_gone(db: Database, names: frozenset[str], now: float, limit: int) -> int
 
 
 def make_due(db: Database, now: float) -> int:
-    """Let delayed jobs whose time has come be claimed; how many those were."""
+    """Let delayed jobs whose time has come be claimed, some thousands at a time; how many those were."""
     count = db.execute(MAKE_DUE, (now,)).rowcount
     db.notes.ready = db.notes.ready or count > 0
     return count
@@ -470,7 +470,7 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: Mapping[str, int]) 
     with the most free slots gets it; among equals, chance decides. Returns the claimed, highest priority first, then
     oldest; fewer than there are slots, or none, where no more may run.
     """
-    queued, ready = db.execute(QUEUED_NAMES).fetchall(), []
+    queued, ready, active = db.execute(QUEUED_NAMES).fetchall(), [], None
     # A heap for each set of names: thousands of jobs and workers would make too many pairs.
     heaps: defaultdict[frozenset[str], list[tuple[int, float, int]]] = defaultdict(list)
     for offer in offers if queued else ():
@@ -478,12 +478,18 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: Mapping[str, int]) 
     slots = {names: -sum(minus_free for minus_free, *_ in heap) for names, heap in heaps.items()}
     for (name,) in queued:
         room = sum(free for names, free in slots.items() if name in names)
-        if name in limits:
-            room = min(room, limits[name] - db.one(COUNT_ACTIVE, name)[0])
+        if room > 0 and name in limits:
+            active = active or count_active(db)
+            room = min(room, limits[name] - active[name])
         if room > 0:
             ready += db.execute(READY_JOBS, (name, room)).fetchall()
     ready.sort(key=lambda job: (-job["priority"], job["id"]))
     return list(_hand_to_workers(db, ready, heaps)) if ready else []
+
+
+def count_active(db: Database) -> Counter[str]:
+    """How many jobs of each name are assigned or running."""
+    return Counter(name for (name,) in db.execute(ACTIVE_NAMES))
 
 
 def _hand_to_workers(
@@ -743,13 +749,14 @@ def workers(
     return [(row, sorted(held[row["id"]])) for row in rows if row]
 
 
-def what_waits_for(db: Database, limited: Iterable[str]) -> tuple[set[tuple[int, str]], dict[str, int]]:
+def what_waits_for(db: Database, limited: Collection[str]) -> tuple[set[tuple[int, str]], dict[str, int]]:
     """What decides whether a queued job may run: protocol and tags of who is connected, and how many of each name run.
 
     limited: the names to count. Tags are a JSON list.
     """
     connected = {(row["protocol"], row["tags"]) for row in db.execute(EXPECTED_WORKERS) if row["connected"]}
-    return connected, {name: db.one(COUNT_ACTIVE, name)[0] for name in limited}
+    active = count_active(db)
+    return connected, {name: active[name] for name in limited}
 
 
 def overview(db: Database, now: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jobworker.config import Configs, JobConfig
 from jobworker.options import UNSENT_BYTES
 from jobworker.state import NewJob
 from jobworker.store import Store
-from server import MAX_FRAME_BYTES, MAX_UNSTORED_BYTES, MESSAGE_BYTES, Core, Dispatcher, Outside
+from server import MAX_FRAME_BYTES, MAX_UNSTORED_BYTES, MESSAGE_BYTES, PRUNE_JOBS, Core, Dispatcher, Outside
 from tests.test_due import deliver
 
 Held = tuple[tuple[int, int, str], ...]
@@ -281,6 +281,38 @@ class Clocks:
     def prune(self) -> None:
         self.core._prune()
         commit(self.store)
+
+
+class TestHungDisk:
+    """What is asked of a store that does not answer is asked once."""
+
+    def test_a_worker_that_went_is_detached_once(self) -> None:
+        async def play() -> None:
+            table = Table()
+            link, _held = await table.running()
+            await link.close()
+            await table.run()
+            asked = table.store._requests.qsize()
+            for _ in range(40):
+                table.dispatcher.tick()
+            assert table.store._requests.qsize() == asked
+            table.commit()
+            assert table.dispatcher._to_detach == {}
+
+        asyncio.run(play())
+
+    def test_a_piece_is_pruned_after_the_other(self) -> None:
+        async def play() -> None:
+            clocks = Clocks(keep=1)
+            jobs = clocks.do(state.add, [NewJob("plain")] * (4 * PRUNE_JOBS), clocks.core.clock() - 100)
+            clocks.do(lists.cancel_all, lists.Wanted(), len(jobs), clocks.core.clock() - 100)
+            for _ in range(6):
+                clocks.core._prune()
+            clocks.store.commit_waiting()
+            (left,) = clocks.store._database.connection.execute("SELECT count(*) FROM job").fetchone()
+            assert left == 3 * PRUNE_JOBS
+
+        asyncio.run(play())
 
 
 class TestDelays:

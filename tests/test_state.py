@@ -143,6 +143,7 @@ class StoreBesideModel(RuleBasedStateMachine):
         self.patch = pytest.MonkeyPatch()
         self.patch.setattr(logs, "LOG_HEAD_BYTES", 24)
         self.patch.setattr(logs, "LOG_TAIL_BYTES", 24)
+        self.patch.setattr(logs, "LOG_ROW_BYTES", 6)  # shorter than a piece, as in truth
 
     def teardown(self) -> None:
         self.store.close()

@@ -13,6 +13,7 @@ import pytest
 from jobworker import lists, logs
 from jobworker import state as state_module
 from jobworker import store as store_module
+from jobworker.config import Configs, JobConfig
 from jobworker.schema import SCHEMA_VERSION
 from jobworker.state import NewJob
 from jobworker.store import Store
@@ -77,6 +78,20 @@ class TestClaim:
         assert claimed == []
         store.do(spoil, "{}").result()
         assert claimed == [1]
+
+    def test_what_runs_is_counted_once_however_many_names_are_limited(self) -> None:
+        names = [f"job-{number}" for number in range(50)]
+        rules = Configs(JobConfig(name, "busybox", concurrency=1) for name in names)
+        with contextlib.closing(Store(":memory:").start()) as store:
+            store.do(state_module.adopt, rules).result()
+            store.do(state_module.attach, arrival("w")._replace(slots=100), 0.0, rules).result()
+            store.do(state_module.add, [NewJob(name) for name in names * 2], 1.0).result()
+            asked: list[str] = []
+            store._database.connection.set_trace_callback(asked.append)
+            store.do(state_module.add, [NewJob("job-0")], 2.0).result()
+            counts = store.do(state_module.what_waits_for, names).result()[1]
+        assert counts == dict.fromkeys(names, 1)
+        assert asked.count(state_module.ACTIVE_NAMES) == 2
 
 
 class TestMigration:
