@@ -73,7 +73,7 @@ FIND_REQUEST = "SELECT content, first, jobs FROM request WHERE key = ?"
 INSERT_REQUEST = "INSERT INTO request VALUES (?, ?, ?, ?)"
 LAST_ID = "SELECT seq FROM sqlite_sequence WHERE name = 'job'"
 QUEUED_NAMES = _each_name("job_queued", "state = 'queued'")
-READY_JOBS = f"""SELECT id, priority, name, attempt, environment, due_at, variables FROM job INDEXED BY job_queued
+READY_JOBS = f"""SELECT id, priority, name, attempt FROM job INDEXED BY job_queued
     WHERE {_READY} AND name = ? ORDER BY priority DESC, id LIMIT ?"""
 ACTIVE_NAMES = f"SELECT name FROM job WHERE {_ACTIVE}"  # by state: few are active
 ACTIVE_OF_WORKER = f"""SELECT id, name, attempt, failures, cancelling, worker, state, log_bytes, reading FROM job
@@ -127,6 +127,7 @@ NEWEST_SUCCESS = """SELECT max(id) FROM job INDEXED BY job_ended
 OLDEST_READY = f"""SELECT min(created_at) FROM (SELECT * FROM job WHERE state = 'queued' ORDER BY id LIMIT 1000)
     WHERE {_READY}"""
 WRITE_SOMETHING = "UPDATE server SET id = id"
+GET_VARIABLES = "SELECT environment, variables, due_at FROM job WHERE id = ?"
 COUNT_STATES = "SELECT state, count(*) AS jobs FROM job GROUP BY state"
 
 
@@ -507,7 +508,8 @@ def _hand_to_workers(
             heappush(heap, (minus_free + 1, db.chance.random(), worker))
         attempt = job["attempt"] + 1
         _move(db, CLAIM, "claim", "queued", job["id"], worker=worker, attempt=attempt)
-        yield Claimed(worker, job["id"], job["name"], attempt, _environment(job))
+        # Only now: of each name as many are ready as there are slots in all, and their variables may be long.
+        yield Claimed(worker, job["id"], job["name"], attempt, _environment(db.one(GET_VARIABLES, job["id"])))
 
 
 def _environment(job: sqlite3.Row) -> dict[str, str]:

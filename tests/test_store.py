@@ -4,6 +4,7 @@ import contextlib
 import random
 import shutil
 import sqlite3
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,18 @@ class TestClaim:
         assert claimed == []
         store.do(spoil, "{}").result()
         assert claimed == [1]
+
+    def test_variables_are_read_of_what_is_claimed_alone(self) -> None:
+        names = [f"job-{number}" for number in range(20)]
+        rules, long = Configs(JobConfig(name, "busybox") for name in names), {"SCRIPT": "x" * 30_000}
+        with contextlib.closing(Store(":memory:").start()) as store:
+            store.do(state_module.add, [NewJob(name, long) for name in names * 50], 1.0, True).result()
+            tracemalloc.start()
+            store.do(state_module.attach, arrival("w")._replace(slots=50), 2.0, rules).result()
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert len(store.do(lists.page, lists.Wanted(("assigned",)), 100).result()) > 0
+        assert peak < 10_000_000  # all that was ready is 30 MB, the claimed 1.5
 
     def test_what_runs_is_counted_once_however_many_names_are_limited(self) -> None:
         names = [f"job-{number}" for number in range(50)]
