@@ -480,7 +480,7 @@ def claim(db: Database, offers: Sequence[FreeSlots], limits: Mapping[str, int]) 
     for (name,) in queued:
         room = sum(free for names, free in slots.items() if name in names)
         if room > 0 and name in limits:
-            active = active or count_active(db)
+            active = count_active(db) if active is None else active
             room = min(room, limits[name] - active[name])
         if room > 0:
             ready += db.execute(READY_JOBS, (name, room)).fetchall()
@@ -757,7 +757,7 @@ def what_waits_for(db: Database, limited: Collection[str]) -> tuple[set[tuple[in
     limited: the names to count. Tags are a JSON list.
     """
     connected = {(row["protocol"], row["tags"]) for row in db.execute(EXPECTED_WORKERS) if row["connected"]}
-    active = count_active(db)
+    active = count_active(db) if limited else Counter()
     return connected, {name: active[name] for name in limited}
 
 

@@ -98,9 +98,13 @@ class TestClaim:
         with contextlib.closing(Store(":memory:").start()) as store:
             store.do(state_module.adopt, rules).result()
             store.do(state_module.attach, arrival("w")._replace(slots=100), 0.0, rules).result()
-            store.do(state_module.add, [NewJob(name) for name in names * 2], 1.0).result()
             asked: list[str] = []
             store._database.connection.set_trace_callback(asked.append)
+            store.do(state_module.add, [NewJob(name) for name in names * 2], 1.0).result()  # nothing runs yet
+            assert asked.count(state_module.ACTIVE_NAMES) == 1
+            assert store.do(state_module.what_waits_for, []).result()[1] == {}
+            assert asked.count(state_module.ACTIVE_NAMES) == 1
+            asked.clear()
             store.do(state_module.add, [NewJob("job-0")], 2.0).result()
             counts = store.do(state_module.what_waits_for, names).result()[1]
         assert counts == dict.fromkeys(names, 1)
