@@ -188,7 +188,7 @@ class Engine:
             return False
         finally:
             beginning.hold()
-        unreadable = answer.code != 0 and UNREADABLE.fullmatch(beginning.held) is not None
+        unreadable = answer.code != 0 and UNREADABLE.fullmatch(beginning.held or b"") is not None
         if answer.code == 0 or (is_last and not unreadable):
             beginning.pass_on()
         return answer.code == 0 or unreadable
@@ -356,12 +356,11 @@ class Beginning:
 
     def __init__(self, output: Callable[[bytes], None]) -> None:
         self._output = output
-        self._holds = True  # else all is passed on as it comes
-        self.held = b""
+        self.held: bytes | None = b""  # None: all is passed on as it comes
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, data: bytes) -> None:
-        if not self._holds:
+        if self.held is None:
             self._output(data)
             return
         self.held += data
@@ -377,7 +376,7 @@ class Beginning:
 
     def pass_on(self) -> None:
         self.hold()
-        held, self.held, self._holds = self.held, b"", False
+        held, self.held = self.held, None
         if held:
             self._output(held)
 
