@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import os
 import re
 import signal
-import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
 
 import pytest
 
@@ -155,38 +156,36 @@ class TestOddAnswers:
 
     @pytest.mark.parametrize("target", ["ws://[", "ws://127.0.0.1:99999/", f"ws://{'a' * 70}.example/"])
     def test_a_redirection_to_what_is_no_address_is_said_and_tried_again(self, stage: Stage, target: str) -> None:
-        with Redirecting(target) as server:
+        with elsewhere(target) as server:
             worker = stage.worker(server, connects=False)
             until(lambda: server.asked > 1)
             assert worker.said("its answer can't be followed")
             assert worker.process.poll() is None
 
 
-class Redirecting:
-    """A server that sends all who come elsewhere."""
+class Elsewhere(http.server.ThreadingHTTPServer):
+    """A server that sends all who come to another place; those who hang up on it are only logged."""
 
     def __init__(self, target: str) -> None:
-        self._answer = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self.asked = 0
+        super().__init__(("127.0.0.1", 0), Redirect)
+        self.target, self.port, self.asked = target, self.server_port, 0
 
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._serve, daemon=True).start()
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
+class Redirect(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Elsewhere
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                peer, _address = self._listener.accept()
-            except OSError:
-                return
-            with peer:
-                self.asked += 1
-                peer.recv(65536)
-                peer.sendall(self._answer)
-                peer.recv(1)
+    def do_GET(self) -> None:
+        self.server.asked += 1
+        self.send_response(302)
+        self.send_header("Location", self.server.target)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextlib.contextmanager
+def elsewhere(target: str) -> Iterator[Elsewhere]:
+    with Elsewhere(target) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
