@@ -81,7 +81,6 @@ TRANSITIONS = {
     ("assigned", "start"): "running",
     ("assigned", "let go"): "settled",
     ("asked", "start"): "running",
-    ("asked", "end"): "finished",
     ("asked", "let go"): "settled",
     ("running", "end"): "finished",
     ("running", "let go"): "unwanted",
@@ -436,6 +435,10 @@ class Worker:
         number = message.attempt or next(self._numbers)  # version 1 has none, and its ids may come again
         if (message.job, number) in self.held:
             return
+        if self.session and self.session.version == 1 and message.name not in self.configs:
+            log.info("job %s failed: the server sent no configuration for %s", message.job, message.name)
+            self.session.send(JobFailure(message.job))
+            return
         container = name_for(self.server_id or "", message.job, number)
         self._hold((message.job, number), message.name, container, message.environment or {})
         self._ask()
@@ -475,16 +478,11 @@ class Worker:
                 self._announce(attempt)
 
     def _announce(self, attempt: Attempt) -> None:
-        if self.session is None:
-            return
-        if self.session.version == 2:
+        if self.session and self.session.version == 2:
             self.session.send(JobRunning(*attempt.key))
-        elif attempt.life.name in self.configs:
+        elif self.session:
             self.session.send(JobRunning(attempt.job))
             self._start(attempt)
-        else:
-            attempt.end(JobFailure(attempt.job))
-            self._on_end(attempt)
 
     def _start(self, attempt: Attempt) -> None:
         version = self.session.version if self.session else 2

@@ -370,6 +370,24 @@ class TestVersion1Server:
             assert stage.docker.ledger("end", 1)[0][1] == "0"
             until(lambda: stage.docker.containers() == [])
 
+    def test_a_thousand_names_it_does_not_have_are_answered_while_its_slot_is_busy(self, stage: Stage) -> None:
+        program, go = stage.folder / "script", stage.folder / "go"
+        program.write_text(f"#!/bin/sh\n{LONG.format(go)}\n")
+        program.chmod(0o755)
+        with ScriptedServer({"name": "long", "image": "busybox", "command": str(program)}) as server:
+            worker = stage.worker(server)
+            server.send(protocol.Enqueue(1, "long"))
+            until(lambda: stage.docker.starts(1))
+            for job in range(2, 1_002):
+                server.send(protocol.Enqueue(job, f"unknown-{job}"))
+            server.send(protocol.Enqueue(1_002, "long"))
+            go.touch()
+            server.wait_for(protocol.JobSuccess(1_002))
+            ended = [each.job for each in server.received if isinstance(each, protocol.JobFailure)]
+            assert ended == list(range(2, 1_002))
+            assert "internal error" not in worker.stderr
+            assert "Traceback" not in worker.stderr
+
 
 class TestLimits:
     """What the worker needs of its host."""
