@@ -86,6 +86,7 @@ PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
 QUIET_SECONDS = 86_400  # after so long without a job a server that starts prunes nothing for an hour
 GONE_JOBS = 500
+DUE_JOBS = 5_000
 
 EXAMPLE = """\
   %(command)s jobs.yaml
@@ -571,7 +572,7 @@ class Core:
         if self.store.error:
             self.store.do(state.probe)
         else:
-            self.store.do(state.make_due, self.clock())
+            self.store.do(state.make_due, self.clock(), DUE_JOBS)
         self._scheduler.tick()
         self.dispatcher.tick()
         self.store.do(state.tick, self.clock())

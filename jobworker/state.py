@@ -110,7 +110,8 @@ SET_CLOCK = "UPDATE server SET clock = ?"
 SHIFT_DELAYS = "UPDATE job SET not_before = not_before + ? WHERE not_before IS NOT NULL"
 ALL_NAMES = _each_name("job_name", "1")
 QUEUED_OF_NAME = "SELECT id FROM job INDEXED BY job_queued WHERE state = 'queued' AND name = ? LIMIT ?"
-MAKE_DUE = "UPDATE job SET not_before = NULL WHERE id IN (SELECT id FROM job WHERE not_before <= ? LIMIT 5000)"
+MAKE_DUE = """UPDATE job SET not_before = NULL
+    WHERE id IN (SELECT id FROM job WHERE not_before <= ? ORDER BY not_before, id LIMIT ?)"""
 IS_CONNECTED = "SELECT 1 FROM worker WHERE name = ? AND connected AND connected_at = ?"
 FIND_WORKER = "SELECT id FROM worker WHERE name = ?"
 INSERT_WORKER = "INSERT INTO worker (name) VALUES (?)"
@@ -437,9 +438,9 @@ def end_gone(db: Database, names: frozenset[str], now: float, limit: int) -> int
     return count
 
 
-def make_due(db: Database, now: float) -> int:
-    """Let delayed jobs whose time has come be claimed, some thousands at a time; how many those were."""
-    count = db.execute(MAKE_DUE, (now,)).rowcount
+def make_due(db: Database, now: float, limit: int) -> int:
+    """Let up to `limit` delayed jobs whose time has come be claimed; how many those were."""
+    count = db.execute(MAKE_DUE, (now, limit)).rowcount
     db.notes.ready = db.notes.ready or count > 0
     return count
 

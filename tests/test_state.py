@@ -509,13 +509,13 @@ class StoreHistories(WhatPeopleDo):
 
     # time, and the server
 
-    @rule(seconds=st.sampled_from([0.5, 3, 10]))
-    def time_passes(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([0.5, 3, 10]), limit=st.sampled_from([1, 2, 1_000]))
+    def time_passes(self, seconds: float, limit: int) -> None:
         self.now += seconds
-        due = [job for job in self.jobs.values() if job.not_before is not None and job.not_before <= self.now]
-        assert self.do(state_module.make_due, self.now) == len(due)
-        for job in due:
-            job.not_before = None
+        due = [(job.not_before, id_) for id_, job in self.jobs.items() if job.not_before and job.not_before <= self.now]
+        assert self.do(state_module.make_due, self.now, limit) == min(len(due), limit)
+        for _, id_ in sorted(due)[:limit]:
+            self.jobs[id_].not_before = None
 
     @rule(seconds=st.sampled_from([-0.5, -3600, 3600]))
     def the_clock_jumps(self, seconds: float) -> None:
