@@ -179,7 +179,7 @@ class Redirect(http.server.BaseHTTPRequestHandler):
         self.server.asked += 1
         self.send_response(302)
         self.send_header("Location", self.server.target)
-        self.send_header("Content-Length", "0")
+        self.send_header("Connection", "close")
         self.end_headers()
 
 

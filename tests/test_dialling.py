@@ -131,7 +131,7 @@ class Site(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         type(self).asked += 1
         self.send_response(200 if self.path == "/" else 404)
-        self.send_header("Content-Length", "0")
+        self.send_header("Connection", "close")
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
