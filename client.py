@@ -116,12 +116,12 @@ class FatalError(Exception):
 class World:
     """What the worker needs from outside. All else is decided here, and timed by the event loop alone.
 
-    end_commands: kills those of the engine's commands that have all these words.
+    end_commands: kills those of the engine's commands that have all words of one of these.
     """
 
     dial: Callable[[], contextlib.AbstractAsyncContextManager[Socket]]
     engine: Engine
-    end_commands: Callable[[set[str]], Awaitable[None]]
+    end_commands: Callable[[list[set[str]]], Awaitable[None]]
     chance: random.Random
 
 
@@ -309,7 +309,7 @@ class Worker:
     def __init__(self, options: argparse.Namespace, name: str, world: World) -> None:
         self.options, self.name, self.world = options, name, world
         self.engine = world.engine
-        self.cleaner, self.ender = Cleaner(self.engine), Ender(world.end_commands)
+        self.cleaner, self.ender = Cleaner(self.engine), Ender(world.end_commands, self._leave_if_drained)
         self.complaints = Complaints(options.uri)
         self.held: dict[tuple[int, int], Attempt] = {}
         self.living: dict[Attempt, None] = {}  # whose life goes on, held or let go, in the order of their starts
@@ -370,6 +370,8 @@ class Worker:
                 self._explain_close(error)
             finally:
                 self.session = None
+                if session.version == 1:
+                    self._leave_behind()
         return session.greeted
 
     def _explain_close(self, error: ConnectionClosed) -> None:
@@ -381,10 +383,10 @@ class Worker:
     async def _meet_server(self, session: Session) -> None:
         server_id = session.server_id or f"version-1-{self.options.uri}"
         is_another = server_id != self.server_id
-        if is_another or session.version == 1:  # a version 1 server may give the same ids to other jobs
-            for attempt in list(self.held.values()) if self.server_id else ():
-                self._leave_behind(attempt, runs_on=not is_another)
         if is_another:
+            for attempt in list(self.held.values()):
+                log.warning("%s: another server is there now; letting it go", attempt.title)
+                self._let_go(attempt)
             self.server_id = None  # until all its containers are held: what nobody knows is swept away
             await self._recover(session.version, server_id)
             self.server_id = server_id
@@ -396,13 +398,13 @@ class Worker:
             if session.version == 1:  # it says no Logged
                 self._go_on(attempt, 0)
 
-    def _leave_behind(self, attempt: Attempt, runs_on: bool) -> None:
-        """Another server is there now. runs_on: what runs goes on to its end."""
-        if runs_on and attempt.state in ("running", "unwanted"):
-            attempt.disown()
-            return
-        log.warning("%s: another server is there now; letting it go", attempt.title)
-        self._let_go(attempt)
+    def _leave_behind(self) -> None:
+        """What runs goes on to its end, of which nobody is told: a version 1 server may give its id to another job."""
+        for attempt in list(self.held.values()):
+            if attempt.state in ("running", "unwanted"):
+                attempt.disown()
+            else:
+                self._let_go(attempt)
 
     def _say_hello(self, session: Session) -> None:
         held = [(*key, {"asked": "assigned"}.get(attempt.state, attempt.state)) for key, attempt in self.held.items()]
@@ -430,10 +432,8 @@ class Worker:
         self.configs.update({config["name"]: config for config in reversed(configs)})
 
     def _on_enqueue(self, message: Enqueue) -> None:
-        if self.draining:
-            return
         number = message.attempt or next(self._numbers)  # version 1 has none, and its ids may come again
-        if (message.job, number) in self.held:
+        if self.draining or (message.job, number) in self.held:
             return
         if self.session and self.session.version == 1 and message.name not in self.configs:
             log.info("job %s failed: the server sent no configuration for %s", message.job, message.name)
@@ -526,7 +526,7 @@ class Worker:
         attempt.let_go()
         self.cleaner.add(attempt.life.container)
         if attempt in self.living:  # its container may be about to start, where nobody would look for it any more
-            self.ender.keep_ending(attempt.life.container, lambda: attempt in self.living, self._leave_if_drained)
+            self.ender.keep_ending(attempt.life.container, lambda: attempt in self.living)
         self._ask()
         self._leave_if_drained()
 
@@ -537,7 +537,7 @@ class Worker:
         """Find this worker's containers of this server: adopt what runs, report what ended, remove the rest."""
         labels = self._labels(server_id)
         # Before a `docker run` of an earlier life starts one more container.
-        await self.world.end_commands({"run", *option("--label", labels)})
+        await self.world.end_commands([{"run", *option("--label", labels)}])
         found = await self.engine.containers(labels)
         created = [each.container for each in found if each.state == "created"]
         never_start = await asyncio.gather(*map(self.engine.remove_if_never_started, created))
@@ -578,9 +578,10 @@ class Worker:
                 if (each.job, each.attempt) not in self.held:
                     self.cleaner.add(each.container)
             states = {each.container: each.state for each in found}
-            for attempt in [each for each in self.living if each.life.hangs(states.get(each.life.container))]:
-                log.warning("%s: its container has ended, but its docker command has not: ending it", attempt.title)
-                await self.ender.end(attempt.life.container)
+            if hanging := [each for each in self.living if each.life.hangs(states.get(each.life.container))]:
+                titles = ", ".join(each.title for each in hanging)
+                log.warning("%s: the container has ended, but its docker command has not: ending it", titles)
+                await self.ender.end(each.life.container for each in hanging)
 
     def running_containers(self) -> list[str]:
         return [attempt.life.container for attempt in self.held.values() if attempt.state in ("running", "unwanted")]
@@ -715,9 +716,9 @@ def real_world(options: argparse.Namespace) -> World:
             limit_unsent(connection.transport.get_extra_info("socket"))
             yield connection
 
-    async def end(words: set[str]) -> None:
+    async def end(commands: list[set[str]]) -> None:
         try:
-            await asyncio.to_thread(end_commands, words)
+            await asyncio.to_thread(end_commands, commands)
         except (OSError, RuntimeError) as error:  # no more files, no more threads
             raise NotStarted(*error.args) from error
 

@@ -79,6 +79,7 @@ READINGS_HEADER = "Jobworker-Readings"
 CLOSE_REPLACED = 4001
 MAX_JOB_ID = 2**31 - 1
 MAX_LOG_OFFSET = 2**62
+MAX_SECONDS = 2**31 - 1
 MAX_TAGS = 100
 MAX_HELD_JOBS = 20_000
 MAX_IMAGE_CHARACTERS = 300
@@ -357,8 +358,9 @@ def _check_config(config: object, version: int) -> None:
     _field(config, "name", str)
     _field(config, "image", str)
     for key in ("timeout", "pull_timeout", "stop_grace_period"):
-        if version > 1 and not isinstance(config.get(key, 0), int | float):
-            raise ProtocolError(f"{key!r} must be a number of seconds")
+        seconds = config.get(key, 0)
+        if version > 1 and not (isinstance(seconds, int | float) and 0 <= seconds <= MAX_SECONDS):
+            raise ProtocolError(f"{key!r} must be a number of seconds, {MAX_SECONDS:,} at most")
     command = config.get("command")
     if version > 1 and isinstance(command, list):
         if not all(isinstance(word, str) for word in command):

@@ -344,9 +344,10 @@ class Engine:
                     line.ended = self.world.now()
             container.change()
 
-    def end_commands(self, words: set[str]) -> None:
+    def end_commands(self, commands: list[set[str]]) -> None:
         for task, container in list(self.clients.items()):
-            if words <= {"run", f"--name={container.name}", *option("--label", container.labels)}:
+            own = {"run", f"--name={container.name}", *option("--label", container.labels)}
+            if any(words <= own for words in commands):
                 task.cancel()
 
     def restart(self, kills: bool) -> None:
@@ -585,8 +586,8 @@ class Host:
                 await asyncio.Event().wait()
             return await self.engine.command(*args, **keys)
 
-        async def end_commands(words: set[str]) -> None:
-            self.engine.end_commands(words)
+        async def end_commands(commands: list[set[str]]) -> None:
+            self.engine.end_commands(commands)
 
         options = SimpleNamespace(uri="ws://server/runner", token=None, slots=self.slots, tags=self.tags)
         options.allow_image = self.engine.allowed

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from jobworker.container import Engine, NotStarted
 
@@ -20,37 +20,44 @@ log = logging.getLogger("worker")
 
 
 class Ender:
-    """Ends the engine's commands of a container.
+    """Ends the engine's commands of containers.
 
-    end_commands: kills those that have all these words. Raises NotStarted.
+    end_commands: kills those that have all words of one of these. Raises NotStarted. then: called when none is left
+    of those that it was to keep ending.
     """
 
-    def __init__(self, end_commands: Callable[[set[str]], Awaitable[None]]) -> None:
-        self._end_commands = end_commands
-        self.busy: set[asyncio.Task[None]] = set()
+    def __init__(self, end_commands: Callable[[list[set[str]]], Awaitable[None]], then: Callable[[], None]) -> None:
+        self._end_commands, self._then = end_commands, then
+        self._goes_on: dict[str, Callable[[], bool]] = {}
+        self._tries: dict[str, int] = {}
+        self._task: asyncio.Task[None] | None = None
 
-    async def end(self, container: str) -> None:
-        for words in ({"run", f"--name={container}"}, {"logs", container}):
-            with contextlib.suppress(NotStarted):
-                await self._end_commands(words)
+    @property
+    def busy(self) -> bool:
+        return len(self._tries) > 0
 
-    def keep_ending(self, container: str, goes_on: Callable[[], bool], then: Callable[[], None]) -> None:
+    async def end(self, containers: Iterable[str]) -> None:
+        commands = [words for each in containers for words in ({"run", f"--name={each}"}, {"logs", each})]
+        with contextlib.suppress(NotStarted):
+            await self._end_commands(commands)
+
+    def keep_ending(self, container: str, goes_on: Callable[[], bool]) -> None:
         """End its commands, also one that is only about to start, for some seconds while it `goes_on`."""
+        is_first = not self._tries
+        self._tries[container], self._goes_on[container] = END_TRIES, goes_on
+        if is_first:
+            self._task = asyncio.ensure_future(self._keep())
 
-        async def keep() -> None:
-            for _ in range(END_TRIES):
-                await self.end(container)
-                await asyncio.sleep(END_AGAIN_SECONDS)
-                if not goes_on():
-                    break
-
-        def ended(task: asyncio.Task[None]) -> None:
-            self.busy.discard(task)
-            then()
-
-        task = asyncio.ensure_future(keep())
-        self.busy.add(task)
-        task.add_done_callback(ended)
+    async def _keep(self) -> None:
+        while self._tries:  # all of them by one look at what runs
+            ending = list(self._tries)
+            await self.end(ending)
+            await asyncio.sleep(END_AGAIN_SECONDS)
+            for container in ending:
+                self._tries[container] -= 1
+                if not self._tries[container] or not self._goes_on[container]():
+                    del self._tries[container], self._goes_on[container]
+        self._then()
 
 
 class Cleaner:

@@ -27,6 +27,7 @@ ENGINE_RETRY_SECONDS = 1
 ENGINE_RETRY_CEILING_SECONDS = 8
 ENGINE_PATIENCE_SECONDS = 30
 CREATED_SECONDS = 0.5
+COULD_NOT_START = (125, 126, 127)  # exit codes of the command itself
 KILLED = 137
 NEVER_STARTED = ("created", "initialized")  # the latter is podman's
 UNKNOWN = "in a state that can't be inspected"
@@ -43,7 +44,9 @@ CONTAINER = re.compile(r"jobworker-[a-zA-Z0-9]*-(\d+)-(\d+)")
 BEGAN = "jobworker.began"  # a label: the boot and the second in which it was started
 COMPLAINT_SECONDS = 1  # a failing command ends sooner after its complaint
 COMPLAINT_BYTES = 1000
-UNREADABLE = re.compile(rb"[^\n]*configured logging driver does not support reading\s*")
+UNREADABLE = re.compile(
+    rb"[^\n]*(configured logging driver does not support reading|'none' log driver, cannot read logs)[^\n]*\s*"
+)
 
 log = logging.getLogger("worker")
 
@@ -175,8 +178,10 @@ class Engine:
             return max(self._clocks.steady() - float(began), 0)
         return seconds_since(str(part_of(inspected, "State").get("StartedAt")), self._clocks.wall())
 
-    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool:
+    async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool | None:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all.
+
+        None: its log can't be read, by its log driver.
 
         is_last: what the command says is passed on though it fails.
         """
@@ -191,7 +196,7 @@ class Engine:
         unreadable = answer.code != 0 and UNREADABLE.fullmatch(beginning.held or b"") is not None
         if answer.code == 0 or (is_last and not unreadable):
             beginning.pass_on()
-        return answer.code == 0 or unreadable
+        return None if unreadable else answer.code == 0
 
     async def wait(self, container: str) -> None:
         """Wait until a container has ended, or is gone."""
@@ -567,7 +572,7 @@ def exit_of_command(code: int | None) -> tuple[int | None, str]:
     """Give the exit code and the failure's reason where `docker inspect` says nothing and `docker run`'s own counts."""
     if code is None or code < 0:
         return None, "docker"
-    return code, "docker" if code >= 125 else "exit"
+    return code, "docker" if code in COULD_NOT_START else "exit"
 
 
 def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
@@ -577,7 +582,7 @@ def read_state(state: dict[str, Any]) -> tuple[int | None, str]:
     code = state.get("ExitCode")
     if type(code) is not int or abs(code) >= 2**31:  # nothing but a 0 is a success, and the wire has room for 32 bits
         return None, "docker"
-    return (code or KILLED, "oom") if state.get("OOMKilled") else (code, "exit")
+    return code, "oom" if code and state.get("OOMKilled") else "exit"
 
 
 def seconds_since(moment: str, now: float) -> float:

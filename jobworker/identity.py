@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import socket
 import stat
@@ -23,7 +24,7 @@ def hold_name(name: str | None) -> tuple[str, int]:
         fcntl.flock(folder, fcntl.LOCK_SH)
     host = socket.gethostname()
     for candidate in [name] if name else (f"{host}-{number}" for number in range(1, 10_000)):
-        lock = f"{quote(candidate, safe='')}.lock"
+        lock = lock_of(candidate)
         try:
             file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600, dir_fd=folder)
         except OSError as error:
@@ -35,6 +36,12 @@ def hold_name(name: str | None) -> tuple[str, int]:
         else:
             return candidate, file
     raise OptionError(f"a worker named {name} runs on this host already; give each a --name of its own")
+
+
+def lock_of(name: str) -> str:
+    """Give the name of its lock's file: the worker's own, or a hash of it where no file can have one so long."""
+    quoted = quote(name, safe="")
+    return f"{quoted if len(quoted) < 200 else hashlib.sha256(quoted.encode()).hexdigest()}.lock"
 
 
 def open_own_folder(path: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from jobworker.container import (
     COMPLAINT_BYTES,
+    COULD_NOT_START,
     ENGINE_PATIENCE_SECONDS,
     ENGINE_RETRY_SECONDS,
     HALF_REMOVED,
@@ -18,6 +19,7 @@ from jobworker.container import (
     Answer,
     Command,
     Engine,
+    EngineAway,
     NotStarted,
     backoff,
     docker_run_command,
@@ -35,7 +37,7 @@ from jobworker.output import Output
 PULL_TIMEOUT_SECONDS = 900
 STOP_GRACE_SECONDS = 10
 STOP_AGAIN_SECONDS = 0.5
-OOM_SECONDS = 0.5
+OOM_LOOKS, OOM_AGAIN_SECONDS = 6, 0.5
 NOT_STARTED = 125
 FENCE_TRIES = 10
 LOG_TRIES = 30  # of a container that has ended: each is made when the engine has told its state, and they are 1 s apart
@@ -97,7 +99,10 @@ class Life:
 
     async def _time_out(self) -> None:
         """Stop it, unless it has ended in time and its command has yet to tell."""
-        state = await self._engine.state(self.container)
+        try:
+            state = await self._engine.state(self.container, ENGINE_PATIENCE_SECONDS)
+        except EngineAway:  # a container that can't be looked at may be stopped all the same
+            state = None
         if state is None or may_run(str(state.get("Status"))):
             self.stop("timeout", at_once=True)
 
@@ -151,7 +156,7 @@ class Life:
             lacks = complains and is_first and image in self._engine.images and is_absent(image, beginning)
             if not lacks or await self._engine.may_have_image(image):
                 return await self._conclude(code, complains and UNREACHED.fullmatch(beginning) is not None)
-            is_first = False
+            is_first, self._started = False, None  # a pull has a limit of its own
             self.output.read_again()  # somebody removed the image since the last job
 
     async def _start(self, command: Command) -> Answer:
@@ -210,12 +215,15 @@ class Life:
         while state and (is_running(state) or (code is not None and has_other_code(state, code))):
             await self._follow()  # the command was killed: the container, or its output, went on
             state, code = await self._engine.state(self.container), None
-        if state and state.get("ExitCode") == KILLED and not state.get("OOMKilled"):
-            await asyncio.sleep(OOM_SECONDS)  # the engine learns of this a moment after the end
-            state = await self._engine.state(self.container)
+        for _ in range(OOM_LOOKS):  # a busy engine learns of this seconds after the end
+            if state and state.get("ExitCode") == KILLED and not (state.get("OOMKilled") or self._stop_reason):
+                await asyncio.sleep(OOM_AGAIN_SECONDS)
+                state = await self._engine.state(self.container)
         if state and state.get("Status") in NEVER_STARTED and not await self._fence():
             await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
+        if state is None and code != 0 and code not in COULD_NOT_START and not self._stop_reason:
+            self.output.say("jobworker: its container is gone: somebody removed it\n")
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self._engine.may_have_image(self.config.get("image", "")):
             code, reason = None, "image"
@@ -235,16 +243,21 @@ class Life:
 
     async def _follow(self) -> None:
         """Read the container's output again from its start, until it has ended."""
-        failed, goes_on = 0, False
+        failed = 0
+        goes_on: bool | None = False
         # A container that is gone has no state, and what was read of it stays.
         while state := await self._engine.state(self.container):
             if state.get("Status") in HALF_REMOVED:
                 break  # nor is more to be had of one whose removal has failed
             has_ended, gives_up = not is_running(state), failed >= LOG_TRIES
+            if not has_ended and self._started is None:  # it was only created when it was found
+                self._started = asyncio.get_running_loop().time()
             if not goes_on:
                 self.output.read_again()
             add = self.output.add_rest() if goes_on else self.output.add
             goes_on = await self._engine.follow(self.container, add, gives_up)
+            if goes_on is None:
+                break  # what was read of it before stays
             if goes_on:
                 self.output.is_whole()
                 if has_ended:

@@ -7,15 +7,16 @@ import time
 from pathlib import Path
 
 
-def end_commands(words: set[str]) -> None:
-    """End the processes that have all these words among their arguments. What they have started runs on.
+def end_commands(commands: list[set[str]]) -> None:
+    """End the processes that have all words of one of these among their arguments. What they have started runs on.
 
     Looks in /proc; elsewhere than on Linux there is nothing to see.
     """
-    wanted = {word.encode() for word in words}
+    wanted = [{word.encode() for word in words} for words in commands]
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if wanted <= set((entry / "cmdline").read_bytes().split(b"\0")) and int(entry.name) != os.getpid():
+            arguments = set((entry / "cmdline").read_bytes().split(b"\0"))
+            if any(words <= arguments for words in wanted) and int(entry.name) != os.getpid():
                 os.kill(int(entry.name), signal.SIGKILL)
                 wait_for_end(entry)
 

@@ -7,6 +7,7 @@ import http.server
 import os
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import pytest
 import protocol
 from jobworker.container import part_of, read_found, read_state
 from tests.peers import ScriptedServer
-from tests.stage import Stage, until
+from tests.stage import Stage, meanwhile, until
 from tests.test_client_hangs import limping
 
 ONE = "- {name: one, image: busybox, command: [sh, -c, 'sleep 0.5; echo done'], timeout: 2s, retries: 1}\n"
@@ -57,6 +58,28 @@ class TestTimeout:
         os.kill(command, signal.SIGCONT)
         end = server.ended(job)
         assert (end["state"], end["attempt"], end["exit_code"], end["reason"]) == ("success", 1, 0, None)
+
+    @meanwhile
+    def test_one_that_can_not_be_looked_at_is_stopped(self, stage: Stage) -> None:
+        server = stage.server(jobs="- {name: one, image: busybox, command: [sleep, '600'], timeout: 2s}\n")
+        stage.worker(server)
+        job = server.post("one")
+        until(lambda: stage.docker.starts(job) == 1)
+        [name] = stage.docker.containers()
+        mute = stage.docker.folder / f"mute-{name}"
+        mute.touch()
+        until(lambda: stage.docker.ledger("end", job), 50)
+        mute.unlink()
+        assert server.ended(job)["reason"] == "timeout"
+
+    def test_a_pull_between_two_tries_has_a_limit_of_its_own(self, stage: Stage) -> None:
+        server = stage.server(jobs=ONE)
+        stage.worker(server)
+        assert server.ended(server.post("one"))["success"]
+        stage.docker.allow("hello-world")  # the image that was here at the last job was removed
+        stage.docker.offer("busybox", 4)
+        end = server.ended(server.post("one"), 20)
+        assert (end["state"], end["reason"], end["attempt"]) == ("success", None, 1)
 
 
 class TestLetGo:
@@ -132,6 +155,61 @@ class TestOddAnswers:
         end = server.ended(server.sh("exit 58"))
         assert (end["state"], end["exit_code"], end["reason"]) == ("failure", None, "docker")
         assert server.ended(server.post("quick"))["success"]
+
+    @meanwhile
+    def test_a_job_that_outlives_one_of_its_own_that_ran_out_of_memory_is_a_success(self, stage: Stage) -> None:
+        """Also where its exit code comes from the engine, not from the command."""
+        server, go = stage.server(), stage.folder / "go"
+        edit = 's/"OOMKilled": false/"OOMKilled": true/'
+        worker = stage.worker(
+            server, *limping(stage, f"[ $1 = inspect ] && {{ $HERE/docker \"$@\" | sed '{edit}'; exit; }}")
+        )
+        job = server.sh(f"while [ ! -e {go} ]; do sleep 0.05; done")
+        until(lambda: stage.docker.starts(job))
+        worker.kill()
+        worker.start()
+        go.touch()
+        end = server.ended(job)
+        assert (end["state"], end["exit_code"], end["reason"]) == ("success", 0, None)
+        end = server.ended(server.sh("exit 7"))
+        assert (end["state"], end["exit_code"], end["reason"]) == ("failure", 7, "oom")
+
+    @meanwhile
+    def test_what_is_on_disk_of_a_log_that_can_not_be_read_again_stays(self, stage: Stage) -> None:
+        """As with `--log-driver=none`."""
+        refuses = "echo 'Error response from daemon: configured logging driver does not support reading' >&2; exit 1"
+        server, go = stage.server(), stage.folder / "go"
+        worker = stage.worker(server, "--slots", "2", *limping(stage, f"[ $1 = logs ] && {{ {refuses}; }}"))
+        wait = f"while [ ! -e {go} ]; do sleep 0.05; done; echo late"
+        first, second = server.sh(f"echo early; {wait}"), server.sh(f"echo early; {wait}")
+        until(lambda: server.log(first) == server.log(second) == b"early\n")
+        [command] = stage.docker.clients(second)
+        os.kill(command, signal.SIGKILL)
+        until(lambda: stage.docker.calls("wait"))
+        worker.kill()
+        worker.start()
+        until(lambda: len(stage.docker.calls("wait")) > 2)
+        go.touch()
+        for job in (first, second):
+            assert server.ended(job)["success"]
+            assert server.log(job) == b"early\n"
+
+    def test_a_container_that_somebody_removes_is_said_to_be_gone(self, stage: Stage) -> None:
+        server = stage.server()
+        stage.worker(server)
+        job = server.sh("echo begun; sleep 600")
+        until(lambda: server.log(job) == b"begun\n")
+        subprocess.run([stage.docker.folder / "docker", "rm", "--force", *stage.docker.containers()], check=True)
+        end = server.ended(job)
+        assert (end["state"], end["exit_code"], end["reason"]) == ("failure", 137, "exit")
+        assert server.log(job) == b"begun\njobworker: its container is gone: somebody removed it\n"
+
+    @pytest.mark.parametrize("key", ["timeout", "stop_grace_period", "pull_timeout"])
+    @pytest.mark.parametrize("seconds", ["1e999", "-1", "1" + "0" * 400, "2147483648"], ids=lambda text: text[:10])
+    def test_a_duration_that_no_timer_takes_is_refused(self, key: str, seconds: str) -> None:
+        frame = f'\1[{{"name": "one", "image": "busybox", "{key}": {seconds}}}]'.encode()
+        with pytest.raises(protocol.ProtocolError, match=key):
+            list(protocol.decode_from_server(frame, 2))
 
     @pytest.mark.parametrize("code", [True, 2**31, -(2**31), 1.0, "0", None])
     def test_what_is_no_exit_code_is_no_success(self, code: object) -> None:

@@ -7,7 +7,7 @@ import itertools
 import selectors
 from collections.abc import Callable
 
-from jobworker.cleaner import AGAIN_CEILING_SECONDS, Cleaner
+from jobworker.cleaner import AGAIN_CEILING_SECONDS, END_AGAIN_SECONDS, END_TRIES, Cleaner, Ender
 from jobworker.container import Answer, Engine
 
 
@@ -55,3 +55,30 @@ def test_what_can_not_be_removed_is_tried_less_and_less_often() -> None:
         runner.run(play())
     pauses = [later - earlier for earlier, later in itertools.pairwise(tries)]
     assert pauses == [1, 2, 4, 8, 16, 32, *[AGAIN_CEILING_SECONDS] * 3]
+
+
+def test_all_that_is_to_be_ended_is_looked_for_at_once() -> None:
+    """A look goes through all processes of the machine."""
+    looks: list[set[str]] = []
+    done: list[float] = []
+    going_on = {"a", "b", "hangs"}
+
+    async def end_commands(commands: list[set[str]]) -> None:
+        looks.append({word.removeprefix("--name=") for words in commands for word in words if "--name=" in word})
+
+    async def play() -> None:
+        clock = asyncio.get_running_loop().time
+        ender = Ender(end_commands, lambda: done.append(clock()))
+        for container in ("a", "b", "hangs"):
+            ender.keep_ending(container, lambda container=container: container in going_on)  # type: ignore[misc]
+        await asyncio.sleep(0.75 * END_AGAIN_SECONDS)
+        going_on.remove("b")
+        ender.keep_ending("late", lambda: False)
+        assert ender.busy
+        await asyncio.sleep(END_TRIES * END_AGAIN_SECONDS)
+        assert not ender.busy
+
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(play())
+    assert looks == [{"a", "b", "hangs"}, {"a", "hangs", "late"}, *[{"a", "hangs"}] * (END_TRIES - 2)]
+    assert done == [END_TRIES * END_AGAIN_SECONDS]

@@ -230,7 +230,7 @@ class TestNoCommand(WithAJob):
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
             try:
                 with pytest.raises(NotStarted):
-                    await world.end_commands({"no such word"})
+                    await world.end_commands([{"no such word"}])
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -388,6 +388,21 @@ class TestVersion1Server:
             assert "internal error" not in worker.stderr
             assert "Traceback" not in worker.stderr
 
+    def test_a_drained_worker_leaves_though_its_server_is_gone(self, stage: Stage) -> None:
+        with ScriptedServer({"name": "a", "image": "hello-world", "command": None}) as server:
+            worker = stage.worker(server)
+            stage.docker.delay("run", 2)
+            for job in (1, 2):
+                server.send(protocol.Enqueue(job, "a"))
+            until(lambda: stage.docker.calls("run"))
+            server.server.shutdown()
+            server.hang_up()
+        until(lambda: stage.docker.ledger("end", 1))
+        worker.signal(signal.SIGTERM)
+        assert worker.exit_code() == 0
+        assert stage.docker.containers() == []
+        assert not stage.docker.starts(2)
+
 
 class TestLimits:
     """What the worker needs of its host."""
@@ -435,6 +450,13 @@ class TestLimits:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         finally:
             os.close(folder)
+
+    def test_a_name_of_the_longest_has_a_lock_and_a_worker(self, stage: Stage) -> None:
+        server, name = stage.server(), "ж" * 128
+        stage.worker(server, name=name)
+        second = stage.run("client.py", "--docker", "true", "--name", name, "localhost:1", TMPDIR=str(stage.folder))
+        assert second.returncode == 2
+        assert "runs on this host already" in second.stderr
 
     def test_a_link_in_the_place_of_a_lock_is_not_followed(self, tmp_path: Path) -> None:
         folder = tmp_path / f"jobworker-{os.getuid()}"

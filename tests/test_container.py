@@ -249,12 +249,12 @@ class TestEnginesWords:
 
 
 class TestFollowingALog:
-    def follow(self, tmp_path: Path, script: str, on_output: Callable[[bytes], None]) -> bool:
+    def follow(self, tmp_path: Path, script: str, on_output: Callable[[bytes], None]) -> bool | None:
         docker = tmp_path / "docker"
         docker.write_text(f"#!/bin/sh\n{script}\n")
         docker.chmod(0o755)
 
-        async def play() -> bool:
+        async def play() -> bool | None:
             return await asyncio.wait_for(Engine(DockerCommand(str(docker))).follow("c", on_output), 30)
 
         return asyncio.run(play())

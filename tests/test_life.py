@@ -126,6 +126,15 @@ class TestLife:
 
         assert asyncio.run(live()) == (End(0, None), [(0, b"hello\n")])
 
+    def test_one_that_was_only_created_when_it_was_found_has_its_time_from_its_start_on(self) -> None:
+        async def live() -> tuple[End, bool]:
+            engine = LateStart()
+            engine.states = iter([{"Status": "created"}, {"Status": "running", "Running": True}])
+            life = Life(Engine(engine), {"job": {"image": "busybox", "timeout": 1}}, "job", "container")
+            return await life.adopt(), life.seconds is not None
+
+        assert asyncio.run(live()) == (End(0, None), True)
+
     def test_a_container_that_ended_with_its_engine_has_its_whole_log(self) -> None:
         engine = CutOff(b"early\nlate\n", Status="exited", ExitCode=3, StartedAt="2026-01-31")
         assert live_on(engine) == (End(3, "exit"), b"early\nlate\n")

@@ -54,7 +54,8 @@ attempts = st.integers(1, 2**31 - 1)
 words = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 names = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1, max_size=128)
 configs = st.fixed_dictionaries(
-    {"command": st.none() | words, "image": words, "name": words}, optional={"timeout": int32, "tags": st.lists(words)}
+    {"command": st.none() | words, "image": words, "name": words},
+    optional={"timeout": st.integers(0, 2**31 - 1), "tags": st.lists(words)},
 )
 held = st.tuples(
     int32.filter(lambda job: job > -(2**31)), attempts, st.sampled_from(["assigned", "running", "finished"])
