@@ -118,6 +118,7 @@ class ConnectedWorker:
     id: int = 0
     jobs: dict[int, int] = field(default_factory=dict)
     configs: Configs | None = None  # those it was sent
+    frames: int = 0  # that the store was given
     _claimed: list[bytes] = field(default_factory=list)  # frames that wait until it has read others
 
     @property
@@ -184,9 +185,15 @@ class GracePeriod(NamedTuple):
 
 
 def record_reports(
-    db: Database, worker: int, messages: list[protocol.FromWorker], now: float, rules: Rules
+    db: Database, worker: int, frame: int, messages: list[protocol.FromWorker], now: float, rules: Rules
 ) -> list[protocol.FromServer]:
-    """Write what a worker's frame says; give the answers. A stale message changes nothing and is answered Settled."""
+    """Write what a worker's frame says; give the answers. A stale message changes nothing and is answered Settled.
+
+    frame: its number in its connection. Raises StoreError where one before it could not be stored: the end of a log
+    without what was written before it would be taken for one whose middle is cut.
+    """
+    if not state.is_next_frame(db, worker, frame):
+        raise StoreError("what the worker said before could not be stored")
     replies: list[protocol.FromServer] = []
     for message in messages:
         match message:
@@ -369,7 +376,8 @@ class Dispatcher:
             self._answer(worker, replies)
 
         self._unstored_bytes += size
-        self.store.do_then(answer, record_reports, worker.id, messages, self._clock(), self.configs)
+        worker.frames += 1
+        self.store.do_then(answer, record_reports, worker.id, worker.frames, messages, self._clock(), self.configs)
 
     def _answer(self, worker: ConnectedWorker, replies: list[protocol.FromServer] | Exception) -> None:
         if isinstance(replies, Exception):
@@ -505,23 +513,10 @@ class Core:
         self._keep: float = options.keep
         self._prunes = False  # one piece after the other, however long that takes
         self._scheduler = Scheduler(store, self.clock)
-        self._shift = 0.0  # of the clock, in seconds, which the delays do not know yet
 
     def _on_jump(self, seconds: float, now: float) -> None:
         log.warning("the clock was set %s by %.0f s", "ahead" if seconds > 0 else "back", abs(seconds))
-        self._shift += seconds
-        self._write_shift(now)
-
-    def _write_shift(self, now: float) -> None:
-        """Have the delays follow the clock; the next tick tries again where that could not be written."""
-        seconds, self._shift = self._shift, 0.0
-
-        def written(result: object) -> None:
-            if isinstance(result, Exception):
-                self._shift += seconds
-
-        if seconds:
-            self.store.do_then(written, state.shift_delays, seconds, now)
+        self.store.insist(state.shift_delays, seconds, now)  # what comes later goes by the clock as it was set
 
     async def start(self) -> None:
         """Take over what is in the database; to be called once, before anyone connects."""
@@ -568,7 +563,6 @@ class Core:
         log.critical("the database is not to be trusted until it is opened anew: %s; exiting", self.store.error)
 
     def _tick(self) -> None:
-        self._write_shift(self.clock())
         if self.store.error:
             self.store.do(state.probe)
         else:

@@ -46,6 +46,7 @@ RAM = "/dev/shm" if Path("/dev/shm").is_dir() else None
 IN_FILE = 25  # a history in so many has its database in a file, as servers have it; the others have it in memory
 KEEP_SECONDS = 20.0  # how long ended jobs stay, in a history in so many; there nobody sets the clock, which ends that
 PRUNED = 5
+COMMIT_SECONDS, SLOW_COMMIT_SECONDS = 0.05, 1.0  # at most, from the first request to the commit
 BACKOFF_SECONDS = 0.25  # between the connections of a worker
 LOUD = 60  # a container in so many writes more than is kept
 FINAL = {"success", "failure", "cancelled"}
@@ -453,6 +454,7 @@ class PlayedStore(Store):
     def __init__(self, world: "World", deliver: Callable[[Any], object]) -> None:
         self.world, self.dead, self.scheduled = world, False, False
         self.committed: list[state.Notes] = []  # and not looked at
+        self.changes = 0
         with world.disk_in_place():
             super().__init__(world.path, deliver, world.chance)
         self.commit, self._database.commit = self._database.commit, self.commit_or_fail  # type: ignore[method-assign]
@@ -469,7 +471,8 @@ class PlayedStore(Store):
     def schedule(self) -> None:
         if not self.scheduled and not self.dead:
             self.scheduled = True
-            self.world.loop.call_later(self.world.delay(0.05), self.commit_what_waits)
+            most = SLOW_COMMIT_SECONDS if self.world.disk == "tight" else COMMIT_SECONDS
+            self.world.loop.call_later(self.world.delay(most), self.commit_what_waits)
 
     def commit_what_waits(self) -> None:
         self.scheduled = False
@@ -480,7 +483,10 @@ class PlayedStore(Store):
                 self.world.look(self._database, committed)
 
     def commit_or_fail(self) -> state.Notes:
-        if self.world.disk and self._database.notes.moved:
+        changes, self.changes = self.changes, self._database.connection.total_changes
+        if self.world.disk == "tight" and self.changes > changes and self.world.chance.random() < 0.5:
+            raise self.failure("database or disk is full", sqlite3.SQLITE_FULL)  # for this one; the next may fit
+        if self.world.disk not in (None, "tight") and self._database.notes.moved:
             disk, self.world.disk = self.world.disk, "full" if self.world.disk == "full" else None
             if disk == "full":
                 raise self.failure("database or disk is full", sqlite3.SQLITE_FULL)

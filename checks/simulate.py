@@ -276,8 +276,8 @@ class History(World):
         self.chance.choice(self.hosts).engine.images.clear()
 
     def disk_trouble(self) -> None:
-        self.disk = self.chance.choice(("full", "lost", "kept"))
-        if self.disk == "full":
+        self.disk = self.chance.choice(("full", "tight", "lost", "kept"))
+        if self.disk in ("full", "tight"):
             self.mend_within(10, setattr, self, "disk", None)
 
     def set_clock(self) -> None:

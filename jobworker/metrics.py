@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jobworker import VERSION
-from jobworker.state import HISTOGRAM_SECONDS, Totals
+from jobworker.past import HISTOGRAM_SECONDS, Totals
 
 Sample = tuple[dict[str, str], float]
 

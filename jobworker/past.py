@@ -1,16 +1,52 @@
-"""The last five minutes of what a server did, for the charts of whoever begins to listen. Of constant size."""
+"""What a server did: totals since its start, for the metrics; the last five minutes, for the charts of the page."""
 
-from collections import deque
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterable
 from typing import Any
+
+from jobworker.ends import End
 
 BIN_SECONDS = 5
 BINS = 60
+HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
+
+
+class Totals:
+    """Counters and histograms of the jobs that ended since the server's start.
+
+    A histogram holds a count for each of HISTOGRAM_SECONDS, one for more, and the sum of all.
+    """
+
+    def __init__(self) -> None:
+        self.finished: Counter[tuple[str, str]] = Counter()
+        self.durations: dict[str, list[float]] = {}
+        self.waits: dict[str, list[float]] = {}
+
+    def observe(self, finished: Iterable[End]) -> None:
+        for end in finished:
+            self.finished[end.name, end.state] += 1
+            if end.started_at is not None:  # by a clock that may have jumped meanwhile
+                self._add(self.durations, end.name, max(end.finished_at - end.started_at, 0))
+                self._add(self.waits, end.name, max(end.started_at - end.created_at, 0))
+
+    def copy(self) -> "Totals":
+        copied = Totals()
+        copied.finished = self.finished.copy()
+        copied.durations = {name: counts[:] for name, counts in self.durations.items()}
+        copied.waits = {name: counts[:] for name, counts in self.waits.items()}
+        return copied
+
+    def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
+        counts = histograms.setdefault(name, [0] * (len(HISTOGRAM_SECONDS) + 2))
+        counts[bisect_left(HISTOGRAM_SECONDS, value)] += 1
+        counts[-1] += value
 
 
 class Past:
     """Bins of BIN_SECONDS, oldest first: [when it began, jobs that ended, that failed, longest wait, most slots busy].
 
-    Only the store's thread calls it. A time without a tick has no bin.
+    Only the store's thread calls it. A time without a tick has no bin. Of constant size.
     """
 
     def __init__(self) -> None:

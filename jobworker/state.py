@@ -11,7 +11,6 @@ Two rules for states: only `_move` changes one, and only along TRANSITIONS. A jo
 import json
 import random
 import sqlite3
-from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 from jobworker.ends import End
-from jobworker.past import Past
+from jobworker.past import Past, Totals
 
 TRANSITIONS = {
     ("queued", "claim"): "assigned",
@@ -44,7 +43,6 @@ FINAL_STATES = ("success", "failure", "cancelled")
 
 RING_TICKS = 1_000
 MAX_TICK_JOBS = 250
-HISTOGRAM_SECONDS = (0.01, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400)
 MAX_JOB_ID = 2**31 - 1
 
 
@@ -175,13 +173,17 @@ class Key(NamedTuple):
 
 
 class FreeSlots(NamedTuple):
-    """A connected worker, how many jobs it may take now, and the names of those; below 0: it ends with what it has."""
+    """A connected worker, how many jobs it may take now, and the names of those; below 0: it ends with what it has.
+
+    frames: how many of its connection's are stored.
+    """
 
     worker: int
     free: int
     names: frozenset[str]
     tags: tuple[str, ...] = ()
     protocol: int = 2
+    frames: int = 0
 
 
 class Claimed(NamedTuple):
@@ -230,37 +232,6 @@ class Tick:
     def __init__(self, id_: int, jobs: frozenset[int], workers: frozenset[int], overview: dict[str, Any]) -> None:
         self.id, self.jobs, self.workers, self.overview = id_, jobs, workers, overview
         self.next: Future[Tick] = Future()
-
-
-class Totals:
-    """Counters and histograms of the jobs that ended since the server's start.
-
-    A histogram holds a count for each of HISTOGRAM_SECONDS, one for more, and the sum of all.
-    """
-
-    def __init__(self) -> None:
-        self.finished: Counter[tuple[str, str]] = Counter()
-        self.durations: dict[str, list[float]] = {}
-        self.waits: dict[str, list[float]] = {}
-
-    def observe(self, finished: Iterable[End]) -> None:
-        for end in finished:
-            self.finished[end.name, end.state] += 1
-            if end.started_at is not None:  # by a clock that may have jumped meanwhile
-                self._add(self.durations, end.name, max(end.finished_at - end.started_at, 0))
-                self._add(self.waits, end.name, max(end.started_at - end.created_at, 0))
-
-    def copy(self) -> "Totals":
-        copied = Totals()
-        copied.finished = self.finished.copy()
-        copied.durations = {name: counts[:] for name, counts in self.durations.items()}
-        copied.waits = {name: counts[:] for name, counts in self.waits.items()}
-        return copied
-
-    def _add(self, histograms: dict[str, list[float]], name: str, value: float) -> None:
-        counts = histograms.setdefault(name, [0] * (len(HISTOGRAM_SECONDS) + 2))
-        counts[bisect_left(HISTOGRAM_SECONDS, value)] += 1
-        counts[-1] += value
 
 
 @dataclass
@@ -635,9 +606,19 @@ def attach(
             _lose(db, row, now, rules)
     names = rules.names_for(arrival.tags, arrival.protocol)
     free = arrival.slots - len(wanted)
-    db.notes.slots[worker] = FreeSlots(worker, free, names, arrival.tags, arrival.protocol)
+    frames = db.notes.slots[worker].frames if again else 0
+    db.notes.slots[worker] = FreeSlots(worker, free, names, arrival.tags, arrival.protocol, frames)
     db.notes.ready = True
     return worker, wanted
+
+
+def is_next_frame(db: Database, worker: int, number: int) -> bool:
+    """Count a frame of a worker's connection; False where one before it could not be stored."""
+    slots = db.notes.slots.get(worker)
+    if slots is None or number != slots.frames + 1:
+        return False
+    db.notes.slots[worker] = slots._replace(frames=number)
+    return True
 
 
 def detach(db: Database, worker: int, since: float, now: float) -> int:

@@ -75,6 +75,7 @@ class Store:
         self._copy: tuple[Future[BinaryIO], Callable[[], bool]] | None = None
         self._deliver = deliver
         self._requests: queue.SimpleQueue[_Request | None] = queue.SimpleQueue()
+        self._owed: list[_Request] = []  # insisted on, and not done yet
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
         try:
             self._database = _open(path, chance or random.Random())
@@ -99,6 +100,10 @@ class Store:
     def do_then(self, callback: Callback, function: Callable[..., Any], *args: Any) -> None:
         """Have function(database, *args) run; its result, or exception, goes to the callback through `deliver`."""
         self._requests.put(_Request(function, args, None, callback))
+
+    def insist(self, function: Callable[..., Any], *args: Any) -> None:
+        """Have function(database, *args) run before all that is asked later, which fails as long as this does."""
+        self._requests.put(_Request(function, args, None, None))
 
     def backup(self, caller_is_gone: Callable[[], bool]) -> BinaryIO:
         """Copy the database, and wait for it; the copy holds every job whose `do` was done before.
@@ -161,7 +166,7 @@ class Store:
 
     def _commit(self, group: list[_Request], alone: bool = False) -> bool:
         """Run a group in one transaction and hand out the results; False: it failed and nothing of it happened."""
-        database = self._database
+        database, group = self._database, [*self._owed, *group]
         self._check_file()
         if self.broken:
             self._fail(group, StoreError(self.error))
@@ -178,8 +183,10 @@ class Store:
                 database.rollback()
             failure = self._failure(error)
             if alone or self.broken:
+                self._owed = [request for request in group if not (request.future or request.callback)]
                 self._fail(group, failure)
             return alone or self.broken
+        self._owed = []
         if self.error and database.connection.total_changes > before:
             self.error = None
         self._hand_out(group, results, notes)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import protocol
-from jobworker import lists, state
+from jobworker import lists, logs, state
 from jobworker.config import Configs, JobConfig
 from jobworker.options import UNSENT_BYTES
 from jobworker.state import NewJob
@@ -194,6 +194,47 @@ class TestSlowLink:
         asyncio.run(play())
 
 
+class TestSmallDisk:
+    """Promises 5 and 11 on a disk that has room for what comes next, but not for what came before."""
+
+    def test_a_log_that_does_not_fit_is_said_again_whole_before_its_end(self) -> None:
+        async def play() -> None:
+            table = Table()
+            link, held = await table.running()
+            ((job, attempt, _state),) = held
+            pieces = protocol.Log(job, attempt, 0, b"x" * 200_000), protocol.Log(job, attempt, 200_000, b"end")
+            room = self.pages(table, "page_count") + 10
+            self.pages(table, f"max_page_count = {room}")
+            for message in (*pieces, protocol.JobSuccess(job, attempt)):
+                link.said.put_nowait(message)
+            for _ in range(3):
+                await table.step()
+            assert table.states() == ["running"]
+            assert not [each for each in link.read() if isinstance(each, protocol.Settled)]
+            assert table.connected() == []
+            self.pages(table, f"max_page_count = {2 * room + 1_000}")
+            back = await table.connect(held=held)
+            await table.step()
+            back.said.put_nowait(pieces[0])
+            back.said.put_nowait(pieces[1])
+            back.said.put_nowait(protocol.JobSuccess(job, attempt))
+            for _ in range(3):
+                await table.step()
+            assert table.states() == ["success"]
+            log = b""
+            while pieces_of_log := table.do(logs.read_log, job, attempt, len(log)):
+                log += b"".join(data for _offset, data in pieces_of_log)
+            assert log == b"x" * 200_000 + b"end"
+            assert protocol.Settled(job, attempt) in back.read()
+
+        asyncio.run(play())
+
+    @staticmethod
+    def pages(table: Table, pragma: str) -> int:
+        (pages,) = table.store._database.connection.execute(f"PRAGMA {pragma}").fetchone()
+        return int(pages)
+
+
 class Flood(Link):
     """A worker that never stops writing, and takes no job."""
 
@@ -326,9 +367,11 @@ class TestDelays:
             clocks.wall -= 365 * 86_400
             clocks.tick()
             clocks.store._database.connection.execute("PRAGMA query_only = 0")
+            (later,) = clocks.do(state.add, [NewJob("plain", delay=70)], clocks.core.clock())
             for _ in range(3):
                 clocks.tick()
             assert clocks.do(state.get, job)["not_before"] == clocks.wall + 60
+            assert clocks.do(state.get, later)["not_before"] == clocks.wall + 70  # it came after the clock was set
 
         asyncio.run(play())
 

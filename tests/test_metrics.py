@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobworker.metrics import metrics_text
-from jobworker.state import Totals
+from jobworker.past import Totals
 from tests.peers import (
     ScriptedWorker,
 )

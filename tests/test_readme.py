@@ -11,7 +11,7 @@ import pytest
 from jobworker import api as api_module
 from jobworker import config
 from jobworker.metrics import metrics_text
-from jobworker.state import Totals
+from jobworker.past import Totals
 from tests.stage import ROOT, Stage, meanwhile
 
 README = (ROOT / "README.md").read_text()
