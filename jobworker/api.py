@@ -264,10 +264,6 @@ class Api:
         self, wanted: Wanted, limit: int | None, show: Callable[[Sequence[sqlite3.Row]], list[dict[str, Any]]]
     ) -> Iterator[bytes]:
         left = MAX_JOB_ID if limit is None else limit
-        if wanted.before is not None:
-            left = min(left, MAX_PAGE_JOBS)
-            with self.paging:
-                wanted = wanted._replace(after=self.do(lists.start_of_newest, wanted, left))
         separator = b"["
         while left > 0:
             with self.paging:  # many readers at once queue here, where they are in nobody's way
@@ -378,8 +374,12 @@ def list_jobs(api: Api, _request: Request, limit: int | None, full: bool, **wish
     jobs are no burden.
     """
     wanted = Wanted(**wishes)
-    if wanted.before is not None and limit is None:
-        raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
+    if wanted.before is not None:
+        if limit is None:
+            raise ApiError(HTTPStatus.BAD_REQUEST, "before needs a limit: how many of the newest below it")
+        limit = min(limit, MAX_PAGE_JOBS)
+        with api.paging:
+            wanted = wanted._replace(after=api.do(lists.start_of_newest, wanted, limit))
     return Response(api.pages(wanted, limit, api.show if full else as_they_are))
 
 
@@ -401,7 +401,9 @@ def queue_jobs(api: Api, request: Request, key: str | None, states: Sequence[str
             take_turn(api.long_lists, turn, "too many lists at once")
         ids = api.queue(*read_list(api.configs, request.body, key))
     request.drop_body()
-    pages = api.pages(Wanted(after=ids[0] - 1 if ids else 0), len(ids), as_accepted if key is None else as_they_are)
+    # By an upper bound, too: where some were pruned since, others' must not take their places.
+    wanted = Wanted(after=ids[0] - 1, before=ids[-1] + 1) if ids else Wanted()
+    pages = api.pages(wanted, len(ids), as_accepted if key is None else as_they_are)
     return Response(pages if len(ids) > PAGE_JOBS else b"".join(pages))
 
 

@@ -67,18 +67,19 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
     """
     by_cause, by_worker, queries = wanted.cause is not None, wanted.worker is not None, []
     names, after = (wanted.name,) if by_cause or by_worker else _names(db, wanted), _after(db, wanted)
+    first_queued = _before_queued(db)
     for state in _states(wanted):
         # A plus keeps a column from its index, where another admits fewer; those of what has ended say that it has.
         ended = "job.finished_at IS NOT NULL AND " if state in FINAL_STATES else ""
         is_few = by_cause or state in ACTIVE_STATES
         for name in names:
             where = {
-                "job.id > ?": max(after, _before_queued(db)) if state == "queued" else after,
+                "job.id > ?": max(after, first_queued) if state == "queued" else after,
                 "job.id < ?": wanted.before,
                 "job.finished_at > ?": wanted.ended_after,
                 "job.cause = ?": wanted.cause,
                 f"{'+' * by_cause}job.worker = ({FIND_WORKER})": wanted.worker,
-                f"{ended}{'+' * by_cause}job.state = ?": state,
+                f"{ended}{'+' * by_cause}job.state = '{state}' AND ?": state and 1,  # bound, each query is planned anew
                 f"{'+' * is_few}job.name = ?": name,
                 "instr(lower(job.name), lower(?))": wanted.q if by_cause or by_worker else None,
             }

@@ -238,12 +238,12 @@ def _read_item(text: str, at: int) -> tuple[dict[str, Any], int]:
             item, length = JSON_DECODER.raw_decode(piece)
         except json.JSONDecodeError as error:
             flaw = f"{error.msg} (or more than {MAX_JOB_BYTES} bytes)" if at + size < len(text) else error.msg
-            failure = json.JSONDecodeError(flaw, text, at + error.pos)
+            place = at + error.pos
             continue
         if not isinstance(item, dict):
             raise ApiError(HTTPStatus.BAD_REQUEST, NO_LIST)
         return _checked(item, piece[:length]), at + length
-    raise failure
+    raise json.JSONDecodeError(flaw, text, place)  # which counts the lines from the beginning
 
 
 def _skip_space(text: str, at: int) -> int:

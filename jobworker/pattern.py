@@ -9,7 +9,7 @@ matches nothing.
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from re import _constants as codes
 from re import _parser as parser
 from typing import Any, NamedTuple
@@ -80,10 +80,11 @@ class Pattern:
         re.compile(expression)  # raises re.error with the place
         self.expression = expression
         self._states: list[_State] = []
-        self._readers: dict[tuple[str, int], Callable[[str], object]] = {}  # `re` itself keeps 512, of all patterns
         parsed = parser.parse(expression)
         self._end = self._add(())
         self._start = self._sequence(parsed, self._end, parsed.state.flags)
+        ones = {(state.one, state.flags) for state in self._states if state.one}
+        self._readers = {key: re.compile(*key).fullmatch for key in ones}  # `re` itself keeps 512, of all patterns
 
     def fullmatch(self, text: str, matching: Matching | None = None) -> bool:
         """Whether the whole text matches. Raises TooLong."""
@@ -115,12 +116,7 @@ class Pattern:
 
     def _reads(self, state: int, character: str) -> bool:
         _next, one, _anchor, flags = self._states[state]
-        if not one:
-            return False
-        reader = self._readers.get((one, flags))
-        if reader is None:
-            reader = self._readers[one, flags] = re.compile(one, flags).fullmatch
-        return reader(character) is not None
+        return bool(one) and self._readers[one, flags](character) is not None
 
     def _closure(self, states: Iterable[int], before: int, after: int) -> set[int]:
         """Give all states that are reached without reading a character."""

@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from jobworker import lists, state
+from jobworker import lists, retention, state
 from jobworker.api import PAGE_CONFIGS, PAGE_JOBS, Api, get_metrics, list_configs, mark, read_list
 from jobworker.config import Configs, JobConfig
-from jobworker.message import parse_head
+from jobworker.message import parse_head, read_items
 from jobworker.state import NewJob
 from jobworker.store import Store
 from tests.peers import (
@@ -324,6 +324,47 @@ class TestLists:
             return spent / count
 
         assert min(seconds_a_name(4_000) for _ in range(2)) < 3 * min(seconds_a_name(400) for _ in range(3))
+
+    def test_a_state_costs_a_name_less_than_twice_as_much(self) -> None:
+        """In processor time: a state that is bound to a query has SQLite plan it anew for each name."""
+        with contextlib.closing(Store(":memory:").start()) as store:
+            store.do(state.add, [NewJob(f"job-{number}") for number in range(1_000)], 1.0, True).result()
+
+            def seconds(*states: str) -> float:
+                begin = time.process_time()
+                store.do(lists.page, lists.Wanted(states, q="job"), 250).result()
+                return time.process_time() - begin
+
+            any_state = min(seconds() for _ in range(3))
+            assert min(seconds("queued") for _ in range(3)) < 2 * any_state
+            assert min(seconds("success", "failure", "cancelled") for _ in range(3)) < 3 * any_state
+
+    def test_a_list_of_long_items_costs_little_more_than_its_json(self) -> None:
+        """In processor time; also where a character takes four bytes."""
+        item = {"name": "x", "environment": {"A": "b" * 4_200}}
+        body = json.dumps(
+            [item] * 1_900 + [{"name": "x", "environment": {"A": "\N{GRINNING FACE}"}}], ensure_ascii=False
+        )
+        begin = time.process_time()
+        json.loads(body)
+        bare = time.process_time() - begin
+        assert len(list(read_items(body.encode(), 20_000))) == 1_901
+        assert time.process_time() - begin - bare < 20 * bare
+
+    def test_a_repeated_list_shows_none_but_its_own_jobs(self) -> None:
+        """Also where some of them were pruned, and others came after."""
+        with contextlib.closing(Store(":memory:").start()) as store:
+            api = Api(store, Configs([JobConfig("own", "busybox"), JobConfig("other", "busybox")]), True, time.time)
+            request = parse_head(b"POST /api/jobs HTTP/1.1\r\nHost: localhost\r\nIdempotency-Key: k")
+            shown = []
+            for _ in range(2):
+                request.body = json.dumps([{"name": "own"}] * 3).encode()
+                body = api.answer(request).body
+                shown.append(json.loads(body if isinstance(body, bytes) else b"".join(body)))
+                store.do(state.cancel, 2, 1.0).result()
+                store.do(retention.prune, 2.0, [], 10).result()
+                store.do(state.add, [NewJob("other")] * 3, 3.0, True).result()
+        assert [[job["id"] for job in jobs] for jobs in shown] == [[1, 2, 3], [1, 3]]
 
     def test_a_list_is_answered_with_what_was_accepted(self) -> None:
         """However fast a worker, or somebody who cancels, is meanwhile."""
