@@ -16,7 +16,7 @@ DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
 DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
 DELETE_WORKERS = """DELETE FROM worker WHERE id IN (SELECT id FROM worker INDEXED BY worker_gone
-    WHERE gone_at < ? AND expected = 0
+    WHERE gone_at < ? AND protocol = 1 AND expected = 0
     AND NOT EXISTS (SELECT 1 FROM job WHERE job.finished_at IS NOT NULL AND job.worker = worker.id) LIMIT ?)"""
 COUNT_FREE_PAGES = "PRAGMA freelist_count"
 FREE_PAGE = "PRAGMA incremental_vacuum(1)"
@@ -32,8 +32,8 @@ def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
     """Delete up to `limit` jobs that ended before a time, with their logs, and shrink the file; how many those were.
 
     Fewer where their logs are large, the last perhaps only in part: whoever commits meanwhile waits. 0: there are none
-    left. Of each of the names the newest job and the newest success stay: when did it last succeed? Workers that went
-    before that time are deleted with the last of their jobs; one that comes back after all is a new one.
+    left. Of each of the names the newest job and the newest success stay: when did it last succeed? Workers of version
+    1 that went before that time are deleted with the last of their jobs: they never come back.
     """
     kept = {db.one(sql, name)[0] for name in names for sql in (NEWEST_JOB, NEWEST_SUCCESS)}
     rows = db.execute(OLD_JOBS, (before, limit + len(kept))).fetchall()
