@@ -337,11 +337,18 @@ class Api:
                 offset = start + len(data)
         return offset
 
-    def follow(self, request: Request, job: int, attempt: int, offset: int) -> Iterator[bytes]:
+    def follow(self, request: Request, job: int, attempt: int, offset: int, on: bool) -> Iterator[bytes]:
+        """Give an attempt's log until it ends; or, to go `on`, those of all after it, too, until the job does."""
         while True:
-            row, changed = self.do(state.get_and_watch, job, False)
+            found = self.store.do(state.get_and_watch, job, False).result()
+            if isinstance(found, Refusal):  # deleted meanwhile: it has ended long ago
+                return
+            row, changed = found
             attempt = attempt or row["attempt"]
             offset = yield from self.read_log(job, attempt, offset)
+            while on and row["attempt"] > attempt:
+                attempt += 1
+                offset = yield from self.read_log(job, attempt, 0)
             if changed is None or row["attempt"] > attempt:
                 return
             while not changed.done():
@@ -504,7 +511,8 @@ def get_log(
     wanted: int = attempt or row["attempt"]
     if tail is not None:
         offset = max(offset, api.do(logs.tail_offset, id_, wanted, tail))
-    pieces = api.follow(request, id_, wanted, offset) if follow else api.read_log(id_, wanted, offset)
+    goes_on = api.follow(request, id_, wanted, offset, on=attempt is None)
+    pieces = goes_on if follow else api.read_log(id_, wanted, offset)
     return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
 
 

@@ -140,7 +140,9 @@ BEFORE = integer(
     0,
     MAX_JOB_ID,
 )
-FOLLOW = flag("follow", "1: go on sending what is written until the attempt ends.")
+FOLLOW = flag(
+    "follow", "1: go on until the job ends, also with attempts that come; of one that is named, until it ends."
+)
 TAIL = integer("tail", "Only so many last lines.", 0, MAX_JOB_ID)
 OFFSET = integer("offset", "Only from this byte of the output on.", 0, MAX_LOG_OFFSET, 0)
 ATTEMPT = integer(

@@ -13,7 +13,9 @@ OLD_JOBS = "SELECT id, state FROM job WHERE finished_at < ? ORDER BY finished_at
 OLDEST_LOG = "SELECT attempt, total(length(data)) FROM log WHERE job = ? GROUP BY attempt LIMIT 1"
 DELETE_LOG = "DELETE FROM log WHERE job = ? AND attempt = ?"
 DELETE_ATTEMPTS = "DELETE FROM attempt WHERE job = ?"
-DELETE_REQUEST = "DELETE FROM request WHERE first = ?"
+# With the last of its jobs: as long as there is one, a request that is repeated is answered with it.
+DELETE_REQUEST = """DELETE FROM request WHERE first = (SELECT max(first) FROM request WHERE first <= ?)
+    AND NOT EXISTS (SELECT 1 FROM job WHERE id >= request.first AND id < request.first + request.jobs)"""
 DELETE_JOB = "DELETE FROM job WHERE id = ?"
 DELETE_WORKERS = """DELETE FROM worker WHERE id IN (SELECT id FROM worker INDEXED BY worker_gone
     WHERE gone_at < ? AND protocol = 1 AND expected = 0
@@ -47,7 +49,7 @@ def prune(db: Database, before: float, names: Iterable[str], limit: int) -> int:
             db.execute(DELETE_LOG, (job, log[0]))
             freed += log[1]
         if not db.one(OLDEST_LOG, job):
-            for statement in (DELETE_ATTEMPTS, DELETE_REQUEST, DELETE_JOB):
+            for statement in (DELETE_ATTEMPTS, DELETE_JOB, DELETE_REQUEST):
                 db.execute(statement, (job,))
             db.notes.moved[state] -= 1
     db.execute(DELETE_WORKERS, (before, WORKERS_AT_ONCE))

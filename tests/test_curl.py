@@ -8,6 +8,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from urllib.parse import quote
 
 import pytest
 
-from jobworker import api, lists, state
+from jobworker import api, lists, retention, state
 from jobworker.config import Configs, JobConfig
+from jobworker.message import parse_head
 from jobworker.store import Store
 from tests.peers import ScriptedWorker
 from tests.stage import ROOT, Server, Stage, all_ended, problem, until
@@ -368,3 +370,34 @@ class TestScript:
             assert running.stdout.readline() == "second\n"
             assert running.wait(20) == 0
         assert time.monotonic() - start < 30
+
+
+class TestFollowedLog:
+    """`curl -N …/log?follow=1` ends with the job, whatever becomes of it meanwhile."""
+
+    def test_a_log_is_followed_through_all_attempts_or_the_one_that_is_named(self, stage: Stage) -> None:
+        go = stage.folder / "go"
+        script = f"echo begins $JOBWORKER_ATTEMPT; until [ -e {go} ]; do sleep 0.05; done; echo ends; exit 3"
+        entry = f"{{name: again, image: busybox, retries: 2, retry_delay: 100ms, command: [sh, -c, '{script}']}}"
+        server = stage.server(jobs=f"- {entry}\n")
+        stage.worker(server)
+        job = server.post("again")
+        with ThreadPoolExecutor() as pool:
+            whole = pool.submit(server.log, job, "?follow=1")
+            until(lambda: server.log(job) == b"begins 1\n")
+            first = pool.submit(server.log, job, "?follow=1&attempt=1")
+            go.touch()
+            assert first.result(20) == b"begins 1\nends\n"
+            assert whole.result(20) == b"".join(b"begins %d\nends\n" % attempt for attempt in (1, 2, 3))
+        assert server.job(job)["state"] == "failure"
+
+    def test_a_log_that_is_followed_ends_with_its_job_also_where_that_is_deleted(self) -> None:
+        with contextlib.closing(Store(":memory:").start()) as store:
+            (job,) = store.do(state.add, [state.NewJob("once")], 0.0, True).result()
+            pieces = api.Api(store, Configs([]), True).follow(
+                parse_head(b"GET / HTTP/1.1\r\nHost: localhost"), job, 0, 0, on=True
+            )
+            assert next(pieces) == b""
+            store.do(state.cancel, job, 0.0).result()
+            store.do(retention.prune, 1.0, [], 10).result()
+            assert list(pieces) == []

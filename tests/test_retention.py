@@ -67,6 +67,21 @@ class TestPruning:
             left.append(store.do(lambda db: [name for (name,) in db.execute("SELECT name FROM worker")]).result())
         assert left == [["version-1-a", "w"], ["w"]]
 
+    def test_a_key_stays_as_long_as_any_of_its_jobs(self, store: Store) -> None:
+        key, other = state.Key("key", "a"), state.Key("other", "b")
+        first, second, third = store.do(state.add, [NewJob("once")] * 3, 1.0, True, key).result()
+        (last,) = store.do(state.add, [NewJob("once")], 1.0, True, other).result()
+
+        def known_after(job: int) -> list[object]:
+            store.do(state.cancel, job, 2.0).result()
+            store.do(retention.prune, 3.0, [], 50).result()
+            return [store.do(state.find_request, each).result() for each in (key, other)]
+
+        assert known_after(first) == [[first, second, third], [last]]
+        assert known_after(last) == [[first, second, third], None]
+        assert known_after(third) == [[first, second, third], None]
+        assert known_after(second) == [None, None]
+
     def test_a_log_that_is_deleted_is_not_written_once_more(self, store: Store) -> None:
         fast = 2  # overwrites only what is written anyway
         assert store.do(lambda db: db.one("PRAGMA secure_delete")[0]).result() == fast
