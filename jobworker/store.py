@@ -130,7 +130,8 @@ class Store:
                 self._make_copy(*self._copy)
         if self._copy:
             self._copy[0].set_exception(StoreError("the server stops"))
-        self._database.connection.close()
+        if not self.broken:  # to close it is to write what the WAL holds, perhaps into a file that is another by now
+            self._database.connection.close()
 
     def _make_copy(self, copy: "Future[BinaryIO]", caller_is_gone: Callable[[], bool]) -> None:
         """Copy the database step by step, and commit what waits between the steps."""

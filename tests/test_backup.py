@@ -251,6 +251,19 @@ class TestLostFile:
 
         self.check(stage, replace)
 
+    def test_what_is_put_in_its_place_is_left_as_it_is(self, stage: Stage) -> None:
+        """As by who restores a copy and forgets that the server still runs."""
+        server = stage.server("--hold")
+        server.http("POST", "/api/jobs", [{"name": "quick"}] * 50)
+        copy = saved(server, stage.folder / "copy.db").read_bytes()
+        server.http("POST", "/api/jobs", [{"name": "quick"}] * 50)
+        (stage.folder / "jobs.db-wal").unlink()
+        (stage.folder / "jobs.db").write_bytes(copy)
+        assert server.exit_code() == 1
+        assert (stage.folder / "jobs.db").read_bytes() == copy
+        server.start()
+        assert len(server.get("/api/jobs")) == 50
+
     def check(self, stage: Stage, take_away: Callable[[Path], object]) -> None:
         server = stage.server("--hold")
         server.post("quick")
