@@ -47,6 +47,7 @@ IN_FILE = 25  # a history in so many has its database in a file, as servers have
 KEEP_SECONDS = 20.0  # how long ended jobs stay, in a history in so many; there nobody sets the clock, which ends that
 PRUNED = 5
 COMMIT_SECONDS, SLOW_COMMIT_SECONDS = 0.05, 1.0  # at most, from the first request to the commit
+SLACK_SECONDS = 0.01
 BACKOFF_SECONDS = 0.25  # between the connections of a worker
 LOUD = 60  # a container in so many writes more than is kept
 FINAL = {"success", "failure", "cancelled"}
@@ -701,6 +702,7 @@ class World:
         self.keep = KEEP_SECONDS if seed % PRUNED == 1 else 0.0
         self.was_far = False  # its clock
         self.disk_failed_at = -100.0
+        self.commit_seconds = COMMIT_SECONDS + SLACK_SECONDS  # at most, in this history so far
 
     @contextlib.contextmanager
     def disk_in_place(self) -> Iterator[None]:

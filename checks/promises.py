@@ -24,7 +24,6 @@ LOG_BYTES = logs.LOG_HEAD_BYTES + logs.LOG_TAIL_BYTES
 # What each worker of version 2 can take at any time.
 FOR_ALL = {job.name for job in JOBS.values() if not (job.tags or job.concurrency or job.name == "leaves")}
 SLACK_BYTES = 4 * LOG_PIECE_BYTES
-COMMIT_SECONDS = 0.06  # between what a commit is told and the commit
 STOP_SECONDS = 120.0  # in calm, from when a container has to end; a silent link alone takes a quarter of it
 
 LOOK = "SELECT state, name, cause, due_at, reason, priority, failures, attempt, worker FROM job WHERE id = ?"
@@ -123,7 +122,7 @@ class Commits:
         if row["state"] == "queued":
             reason, worker = db.one(LATEST_ATTEMPT, job)
             delay = 0.75 * JOBS[row["name"]].retry_delay * 2.0 ** (row["failures"] - 1)
-            self.retried[job] = self.world.now(), self.world.server, delay - COMMIT_SECONDS
+            self.retried[job] = self.world.now(), self.world.server, delay - self.world.commit_seconds
         return [(job, row["attempt"], worker)] if reason == "lost" else []
 
     def _check_claim(self, db: state.Database, job: int, row: sqlite3.Row, touched: set[int]) -> None:
@@ -149,7 +148,7 @@ class Commits:
             return
         serving = self.world.server
         since = max(self.gone.get(worker, 0.0), arrived.get(worker, 0.0), serving.began if serving else 0.0)
-        if self.world.now() - since >= GRACE_SECONDS - COMMIT_SECONDS:
+        if self.world.now() - since >= GRACE_SECONDS - self.world.commit_seconds:
             self.world.count("checked: promise 2, lost after its grace")
             return
         if worker in arrived:
@@ -194,7 +193,7 @@ class Promises(Commits):
     def _may_be_pruned(self, job: int, rows: dict[int, sqlite3.Row]) -> bool:
         """Whether a job ended long enough ago, and a newer one of its name is there, as is one that succeeded."""
         age = self.world.now() - self.ended.get(job, self.world.now())  # since the commit of its end
-        if not self.world.keep or age < self.world.keep - COMMIT_SECONDS:
+        if not self.world.keep or age < self.world.keep - self.world.commit_seconds:
             return False
         self.world.count("pruned")
         if self.names[job] == "leaves":  # of what jobs.yaml has no more nothing stays

@@ -32,7 +32,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
-from played import FINAL, JOBS, Host, OriginalHost, World
+from played import FINAL, JOBS, SLACK_SECONDS, SLOW_COMMIT_SECONDS, Host, OriginalHost, World
 from promises import Promises
 from virtual import Broken, raised, unseen
 
@@ -277,6 +277,8 @@ class History(World):
 
     def disk_trouble(self) -> None:
         self.disk = self.chance.choice(("full", "tight", "lost", "kept"))
+        if self.disk == "tight":
+            self.commit_seconds = SLOW_COMMIT_SECONDS + SLACK_SECONDS
         if self.disk in ("full", "tight"):
             self.mend_within(10, setattr, self, "disk", None)
 
