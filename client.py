@@ -52,12 +52,14 @@ from jobworker.options import (
     OptionError,
     command_line,
     end_at_once,
+    image_globs,
     quiet_logger,
     raise_limit_of_files,
     setting,
     settings,
     slot_count,
     start_logging,
+    word,
     worker_name,
     worker_token,
 )
@@ -738,7 +740,8 @@ async def work(options: argparse.Namespace, name: str) -> int:
             log.warning("leaving; these containers run on and are found again: %s", ", ".join(running))
         end_at_once(bool(running))
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN  # by nohup; else it is of a terminal that closes
+    for number in (signal.SIGTERM, signal.SIGINT, *(() if is_ignored else (signal.SIGHUP,))):
         asyncio.get_running_loop().add_signal_handler(number, on_signal)
     await worker.run()
     return 0
@@ -750,19 +753,17 @@ async def work(options: argparse.Namespace, name: str) -> int:
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("A jobworker worker.", VERSION, EXAMPLE)
     parser.add_argument("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
-    parser.add_argument(
-        "--name", type=worker_name, default=setting("NAME"), help="who it is (the host's name and a number)"
-    )
+    parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="who it is (HOST-1, HOST-2, ...)")
     parser.add_argument("--slots", type=slot_count, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
-    parser.add_argument("--tag", dest="tags", action="append", default=None, help="take jobs with this tag, too")
+    parser.add_argument("--tag", dest="tags", type=word, action="append", help="take jobs with this tag, too")
     parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
     parser.add_argument(
         "--docker", default=setting("DOCKER", "docker"), help="the command that runs containers (docker)"
     )
-    parser.add_argument("--allow-image", action="append", metavar="GLOB", help="run only images like this")
+    parser.add_argument("--allow-image", type=word, action="append", metavar="GLOB", help="run only images like this")
     options = parser.parse_args(arguments)
     options.tags = options.tags or settings("TAGS")
-    options.allow_image = options.allow_image or settings("ALLOW_IMAGE")
+    options.allow_image = options.allow_image or image_globs(parser)
     return options
 
 

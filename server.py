@@ -52,6 +52,7 @@ from jobworker.options import (
     setting,
     start_logging,
     tokens_by_scope,
+    yes_or_no,
 )
 from jobworker.state import Arrival, Claimed, Database, HeldAttempt, NewJob, Order, Rules
 from jobworker.store import Commit, Store, StoreError
@@ -711,8 +712,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
     parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
-    hold = setting("HOLD") in ("1", "true", "yes")
-    parser.add_argument("--hold", action="store_true", default=hold, help="keep jobs until a worker comes")
+    parser.add_argument("--hold", action="store_true", help="keep jobs until a worker comes")
     parser.add_argument(
         "--grace",
         type=duration,
@@ -727,6 +727,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--check", action="store_true", help="only check JOBS_YAML")
     options = parser.parse_args(arguments)
+    options.hold = options.hold or yes_or_no("HOLD", parser)
     options.database = options.database or str(options.jobs.parent / "jobs.db")
     return options
 
@@ -747,7 +748,7 @@ def main() -> int:
     try:
         jobs = load_jobs(options.jobs)
         if options.check:
-            print(f"{options.jobs}: {len(jobs)} jobs, no errors")
+            print(f"{options.jobs}: {len(jobs)} job{'s' * (len(jobs) != 1)}, no errors")
             for name, schedule in Configs(jobs).schedules.items():
                 print(f"{name} is due next at {state.moment(schedule.next_due(time.time()))}")
             return 0

@@ -141,13 +141,15 @@ def new_job(
     if config and body == {} and not config.parameters:
         return NewJob(config.name, {}, config.priority)
     where = "" if number is None else f"item {number}: "
+    if not isinstance(name, str):
+        raise ApiError(HTTPStatus.BAD_REQUEST, f'{where}it must have a name, a string such as "hello-world"')
     if config is None:
         known = ", ".join(list(configs.by_name)[:20]) or "none"
-        meant = near_name(str(name)[:128], configs.by_name)
+        meant = near_name(name[:128], configs.by_name)
         detail = f"{where}there is no job named {name!r} in jobs.yaml{meant and f'; {meant}'}; there are: {known}"
         raise ApiError(HTTPStatus.NOT_FOUND, detail)
     try:
-        return _checked(config, body, matching)
+        return _checked(config, body, "" if number is None else "name, ", matching)
     except ValueError as error:
         raise ApiError(HTTPStatus.BAD_REQUEST, f"{where}{error}") from error
 
@@ -162,11 +164,11 @@ def read_job(request: Request) -> Any:
     return read_json(body)
 
 
-def _checked(config: JobConfig, body: object, matching: Matching | None) -> NewJob:
+def _checked(config: JobConfig, body: object, others: str, matching: Matching | None) -> NewJob:
     if not isinstance(body, dict):
         raise ValueError('the body must be a JSON object such as {"environment": {"NAME": "value"}}')
     for unknown in body.keys() - {"environment", "priority", "delay"}:
-        raise ValueError(f"no key {unknown!r} here; there are: environment, priority, delay")
+        raise ValueError(f"no key {unknown!r} here; there are: {others}environment, priority, delay")
     priority, delay = body.get("priority", config.priority), body.get("delay", 0)
     if type(priority) is not int or abs(priority) >= 2**31:
         raise ValueError("priority must be an integer of 32 bits")

@@ -19,6 +19,7 @@ from jobworker.options import UNSENT_BYTES
 
 RUNNER = "/runner"
 REMIND_SECONDS = 600
+NO_TLS = "; does it speak TLS? Without, it is ws:// or http://"
 SCHEMES = {"": "ws", "ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
 OTHER_PLACE = (200, 204, 400, 404, 405, 410, 426)  # answers of a path that is no jobworker server's /runner
 
@@ -52,6 +53,7 @@ def destination(text: str) -> str:
         host = (parts.hostname or "").encode("idna")  # as the look-up of its address does: it raises UnicodeError
         has_place = host and parts.port != 0 and (scheme or parts.port or parts.path)
         is_odd = re.search(r"[\s#]", text) or parts.netloc.endswith(":") or parts.path.startswith("//")
+        is_odd = is_odd or (parts.username is None) != (parts.password is None)
     except (KeyError, ValueError):
         has_place, is_odd = None, None
     if not has_place or is_odd:
@@ -96,10 +98,10 @@ def explain(error: Exception, uri: str, was_there: bool = True) -> str:
     parts = urlsplit(uri)
     place = parts.netloc.rpartition("@")[2]
     if isinstance(error, ssl.SSLError):
-        hint = "; does it speak TLS? Without, it is ws:// or http://" if error.reason == "WRONG_VERSION_NUMBER" else ""
+        hint = NO_TLS if error.reason == "WRONG_VERSION_NUMBER" else ""
         return f"no TLS with {place}: {getattr(error, 'verify_message', '') or error.reason or error}{hint}"
     if isinstance(error, TimeoutError) and not error.errno:
-        return f"no answer from {place}: {error or 'timed out'}"
+        return f"no answer from {place}: {error or 'timed out'}{NO_TLS if parts.scheme == 'wss' else ''}"
     if isinstance(error, OSError):
         # Where a name has several addresses, asyncio puts all of their errors into one text.
         numbers = {error.errno} if error.errno else {int(n) for n in re.findall(r"\[Errno (\d+)\]", str(error))}

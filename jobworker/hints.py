@@ -26,19 +26,30 @@ DOCKER_OPTIONS = {
     "devices": "--device", "gpus": "--gpus", "hostname": "--hostname", "dns": "--dns", "extra_hosts": "--add-host",
     "ports": "--publish", "shm_size": "--shm-size", "tmpfs": "--tmpfs", "ulimits": "--ulimit", "env_file": "--env-file",
     "security_opt": "--security-opt", "sysctls": "--sysctl", "group_add": "--group-add", "ipc": "--ipc",
+    "cpuset": "--cpuset-cpus", "cpu_shares": "--cpu-shares", "memswap_limit": "--memory-swap", "pid": "--pid",
+    "mem_reservation": "--memory-reservation", "stop_signal": "--stop-signal", "userns_mode": "--userns",
+    "dns_search": "--dns-search", "domainname": "--domainname", "mac_address": "--mac-address", "runtime": "--runtime",
+    "storage_opt": "--storage-opt", "device_cgroup_rules": "--device-cgroup-rule", "annotations": "--annotation",
 }  # fmt: skip
 SENTENCES = {
     "restart": "a job that has failed is tried again as often as its retries say",
     "depends_on": "jobs do not wait for each other: ask for the next one when this one has ended",
     "container_name": "each container has a name of its own",
     "build": "build the image beforehand, and name it by image",
+    "logging": "the server keeps what a job writes: curl localhost:8080/api/jobs/ID/log",
+    "healthcheck": "a job has ended well when it exits with 0",
+    "tty": "a job has neither a terminal nor a standard input",
+    "stdin_open": "a job has neither a terminal nor a standard input",
+    "deploy": "write its limits as mem_limit, cpus and pids_limit",
+    "secrets": "mount the worker's file by volumes, read-only",
+    "scale": "POST a job as often as it shall run; a worker's --slots say how many at once",
     "<<": "merge keys are not supported: write the keys out",
 } | {key: f"write {option} under options, as docker run takes it" for key, option in DOCKER_OPTIONS.items()}
 
 LINE_LIMIT = 200  # of a line's characters, as many as are looked at
 SHELLS = {"sh", "ash", "bash", "dash", "ksh", "zsh"}
 QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
-OPERATOR_IN_TEXT = re.compile(r"&&|\|\|?|<|[12&]?>>?(?:&[12]|[\w./-]*)")
+OPERATOR_IN_TEXT = re.compile(r"&&?|\|\|?|<|[12&]?>>?(?:&[12]|[\w./-]*)|.*;|.*\$[A-Za-z_{(].*|.*`.*")
 OPERATOR_IN_LIST = re.compile(r"&&|\|\|?|>>?")
 # What YAML's two readers say, of which one is in C.
 ALIGNED_BADLY = re.compile(r"(did not find )?expected ('-' indicator|key|<block end>|'?<document start>)")

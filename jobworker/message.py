@@ -194,7 +194,8 @@ def read_form(body: bytes | bytearray) -> dict[str, str]:
         text = body.decode()
         pairs = parse_qsl(text, keep_blank_values=True, strict_parsing=True, errors="strict", max_num_fields=1_000)
     except ValueError as error:
-        detail = f"the body is neither JSON nor a form such as NAME=Ada: {str(error)[:200]}"
+        flaw = str(error)[:200].replace("query field", "field")
+        detail = f"the body is neither a JSON object nor a form such as NAME=Ada: {flaw}"
         raise ApiError(HTTPStatus.BAD_REQUEST, detail) from error
     fields = dict(pairs)
     if len(fields) < len(pairs):

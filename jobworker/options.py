@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 MIN_TOKEN_CHARACTERS = 16
+YES, NO = ("yes", "true", "on", "1"), ("no", "false", "off", "0")
 MAX_LOG_RECORDS = 10_000
 FLUSH_SECONDS = 1
 UNSENT_BYTES = 64 * 1024  # between server and worker: a ping has to wait for what is not sent yet
@@ -49,6 +50,28 @@ def setting(name: str, otherwise: str | None = None) -> str | None:
 def settings(name: str) -> list[str]:
     """Give the same for an option that may be repeated: its values, separated by commas."""
     return [word for word in (setting(name) or "").split(",") if word]
+
+
+def yes_or_no(name: str, parser: argparse.ArgumentParser) -> bool:
+    """Give the environment variable of an option that has no value."""
+    text = (setting(name) or "no").lower()
+    if text not in (*YES, *NO):
+        parser.error(f"JOBWORKER_{name} must be yes or no, not {text!r}")
+    return text in YES
+
+
+def image_globs(parser: argparse.ArgumentParser) -> list[str]:
+    """Give those of JOBWORKER_ALLOW_IMAGE; an empty one would allow all to whoever meant to allow little."""
+    globs = settings("ALLOW_IMAGE")
+    if not globs and "JOBWORKER_ALLOW_IMAGE" in os.environ:
+        parser.error("JOBWORKER_ALLOW_IMAGE names no image: unset it to run all, or name some, such as busybox")
+    return globs
+
+
+def word(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def port_number(text: str) -> int:

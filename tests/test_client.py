@@ -12,6 +12,7 @@ import pytest
 from websockets.protocol import State
 
 import protocol
+import server as server_module
 from tests.peers import (
     ScriptedServer,
     ScriptedWorker,
@@ -320,6 +321,58 @@ class TestGivingUp:
         server.start()
         assert leaves_at_once(stage, worker, job)
         assert worker.said("refuses this worker: HTTP 401")
+
+
+class TestTerminal:
+    """A terminal that closes ends a worker cleanly, unless it was started to outlive it."""
+
+    def test_its_hangup_drains(self, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server)
+        job = server.sh(f"until [ -e {stage.folder}/go ]; do sleep 0.02; done; echo whole")
+        until(lambda: stage.docker.starts(job))
+        worker.signal(signal.SIGHUP)
+        until(lambda: worker.said("draining: taking no new job"))
+        (stage.folder / "go").touch()
+        assert worker.exit_code() == 0
+        assert (server.job(job)["state"], server.log(job)) == ("success", b"whole\n")
+
+    def test_one_under_nohup_stays(self, stage: Stage) -> None:
+        server = stage.server()
+        worker = stage.worker(server, connects=False)
+        worker.stop()
+        worker.command[:0] = ["nohup"]
+        worker.start()
+        worker.signal(signal.SIGHUP)
+        assert server.ended(server.post("quick"))["success"]
+        assert not worker.said("draining")
+
+
+class TestSettings:
+    """What a variable says counts, or is refused: it is never taken for something else."""
+
+    @pytest.mark.parametrize(("text", "holds"), [("True", True), ("on", True), ("1", True), ("No", False), ("", False)])
+    def test_hold_is_yes_or_no(self, text: str, holds: bool) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("JOBWORKER_HOLD", text)
+            assert server_module.parse_options(["jobs.yaml"]).hold is holds
+
+    @pytest.mark.parametrize(
+        ("program", "arguments", "environment", "complaint"),
+        [
+            ("server.py", ["jobs.yaml"], {"JOBWORKER_HOLD": "maybe"}, "JOBWORKER_HOLD must be yes or no, not 'maybe'"),
+            ("client.py", ["box:1"], {"JOBWORKER_ALLOW_IMAGE": ""}, "JOBWORKER_ALLOW_IMAGE names no image"),
+            ("client.py", ["box:1"], {"JOBWORKER_ALLOW_IMAGE": ","}, "JOBWORKER_ALLOW_IMAGE names no image"),
+            ("client.py", ["box:1", "--allow-image", ""], {}, "--allow-image: it is empty"),
+            ("client.py", ["box:1", "--tag", ""], {}, "--tag: it is empty"),
+        ],
+    )
+    def test_another_is_refused(
+        self, stage: Stage, program: str, arguments: list[str], environment: dict[str, str], complaint: str
+    ) -> None:
+        refused = stage.run(program, *arguments, **environment)
+        assert refused.returncode == 2
+        assert complaint in refused.stderr
 
 
 class TestPull:

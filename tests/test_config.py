@@ -22,7 +22,7 @@ LOADERS = sorted({config.YAML_LOADER, yaml.SafeLoader}, key=str)
 EXAMPLE = Path(config.__file__).parent.parent / "jobs.yaml"
 
 # What errors say, as far as several say it.
-VARIABLE = "expected a variable's name, not JOBWORKER_..."
+VARIABLE = "expected a variable's name (those of JOBWORKER_ are taken)"
 LABEL = "expected a label's name, not jobworker..."
 VOLUME = "expected SOURCE:/TARGET[:MODE], SOURCE a volume or an absolute path"
 DURATION = "expected a duration such as 1m30s, from 0.001s to 366d"

@@ -88,8 +88,8 @@ class TestForm:
         ("body", "words"),
         [
             (b"NAME=a&NAME=b", "twice"),
-            (b"NAME", "neither JSON nor a form such as NAME=Ada"),
-            (b"NAME=%ff", "neither JSON nor a form"),
+            (b"NAME", "neither a JSON object nor a form such as NAME=Ada: bad field"),
+            (b"NAME=%ff", "neither a JSON object nor a form"),
             (b"COLOUR=red", '"COLOUR" is no parameter of greeting, which takes NAME'),
         ],
     )

@@ -39,8 +39,8 @@ class TestDeployment:
         return set(re.findall(r"(?<!\w)--?[a-z][a-z-]*", text))
 
     def settings(self, program: str) -> set[str]:
-        source = (HERE / program).read_text()
-        return {f"JOBWORKER_{name}" for name in re.findall(r'settings?\("([A-Z_]+)"', source)}
+        source = (HERE / program).read_text() + (HERE / "jobworker/options.py").read_text()
+        return {f"JOBWORKER_{name}" for name in re.findall(r'(?:settings?|yes_or_no)\("([A-Z_]+)"', source)}
 
     def test_the_image_has_every_file_that_runs(self) -> None:
         copied = [word for line in self.dockerfile() if line[0] == "COPY" for word in line[1:-1] if word[0] not in "-/"]

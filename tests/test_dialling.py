@@ -49,7 +49,8 @@ class TestDestination:
         "text",
         ["", "box", "/runner", ":8080", "box:", "box:/runner", "box:0", "box:99999", "box:http", "::1", "[::1",
          "ftp://box/runner", "http://ws://box/runner", "http//box:8080/runner", "http:/box/runner", "http://",
-         "box:8080/a b", "http://box:8080/#jobs", "jobs..example.org:8080", ".box:8080", f"{'b' * 64}:8080"],
+         "box:8080/a b", "http://box:8080/#jobs", "jobs..example.org:8080", ".box:8080",
+         "ada@box:8080", f"{'b' * 64}:8080"],
     )  # fmt: skip
     def test_it_is_refused_with_an_example(self, text: str) -> None:
         with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{text!r} is not HOST:PORT")) as error:
