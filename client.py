@@ -752,15 +752,16 @@ async def work(options: argparse.Namespace, name: str) -> int:
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("A jobworker worker.", VERSION, EXAMPLE)
-    parser.add_argument("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
-    parser.add_argument("--name", type=worker_name, default=setting("NAME"), help="who it is (HOST-1, HOST-2, ...)")
-    parser.add_argument("--slots", type=slot_count, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
-    parser.add_argument("--tag", dest="tags", type=word, action="append", help="take jobs with this tag, too")
-    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
-    parser.add_argument(
-        "--docker", default=setting("DOCKER", "docker"), help="the command that runs containers (docker)"
+    add = parser.add_argument
+    add("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
+    add("--name", type=worker_name, default=setting("NAME"), help="who it is (HOST-1, HOST-2, ...)")
+    add("--slots", metavar="N", type=slot_count, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
+    add(
+        "--tag", metavar="TAG", dest="tags", type=word, action="append", help="take jobs with this tag, too; repeatable"
     )
-    parser.add_argument("--allow-image", type=word, action="append", metavar="GLOB", help="run only images like this")
+    add("--token-file", metavar="FILE", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
+    add("--docker", metavar="COMMAND", default=setting("DOCKER", "docker"), help="what runs containers (docker)")
+    add("--allow-image", metavar="GLOB", type=word, action="append", help="run only images like this; repeatable")
     options = parser.parse_args(arguments)
     options.tags = options.tags or settings("TAGS")
     options.allow_image = options.allow_image or image_globs(parser)

@@ -700,32 +700,34 @@ def select_version(_connection: ServerConnection, offered: Sequence[Subprotocol]
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = command_line("The jobworker server.", VERSION, EXAMPLE)
-    parser.add_argument("jobs", metavar="JOBS_YAML", type=Path, help="the file with the jobs there are")
-    parser.add_argument(
-        "-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0 takes a free one"
-    )
-    parser.add_argument("--host", default=setting("HOST", "127.0.0.1"), help="the address to listen on (127.0.0.1)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("jobs", metavar="JOBS_YAML", type=Path, help="the file with the jobs there are")
+    add("-p", "--port", type=port_number, default=setting("PORT", "8080"), help="8080; 0 takes a free one")
+    add("--host", metavar="ADDRESS", default=setting("HOST", "127.0.0.1"), help="where to listen (127.0.0.1)")
+    add(
         "--database",
+        metavar="FILE",
         default=setting("DATABASE"),
-        help="the file that holds all jobs (jobs.db beside JOBS_YAML); :memory: forgets them",
+        help="what holds all jobs (jobs.db beside JOBS_YAML); :memory: forgets them",
     )
-    parser.add_argument("--token-file", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
-    parser.add_argument("--insecure", action="store_true", help="allow another --host without tokens")
-    parser.add_argument("--hold", action="store_true", help="keep jobs until a worker comes")
-    parser.add_argument(
+    add("--token-file", metavar="FILE", type=Path, default=setting("TOKEN_FILE"), help="tokens for API and workers")
+    add("--insecure", action="store_true", help="allow another --host without tokens")
+    add("--hold", action="store_true", help="keep jobs until a worker comes")
+    add(
         "--grace",
+        metavar="TIME",
         type=duration,
         default=setting("GRACE", "60"),
         help="how long a worker may be away before its jobs are lost (60s)",
     )
-    parser.add_argument(
+    add(
         "--keep",
+        metavar="TIME",
         type=duration,
         default=setting("KEEP", "30d"),
         help="how long ended jobs stay (30d); 0 keeps them for ever",
     )
-    parser.add_argument("--check", action="store_true", help="only check JOBS_YAML")
+    add("--check", action="store_true", help="only check JOBS_YAML")
     options = parser.parse_args(arguments)
     options.hold = options.hold or yes_or_no("HOLD", parser)
     options.database = options.database or str(options.jobs.parent / "jobs.db")

@@ -44,7 +44,7 @@ def metrics_text(
         *family("schedule_missed_total", "counter", "Due times without a job.", [(name, n) for name, n, _ in by_name]),
         *family("schedule_skipped_total", "counter", "Skipped: one was there.", [(name, n) for name, _, n in by_name]),
         *histogram("job_duration_seconds", "From start to end.", totals.durations),
-        *histogram("job_queue_duration_seconds", "From POST to start.", totals.waits),
+        *histogram("job_queue_duration_seconds", "From POST to the start of the last attempt.", totals.waits),
     ]
     return "\n".join(lines) + "\n"
 
