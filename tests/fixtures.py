@@ -103,7 +103,8 @@ def real(tmp_path_factory: pytest.TempPathFactory, engine: Engine) -> Iterator[t
             JOBS
             + """
 - {name: missing, image: "jobworker-test/no-such-image:1", pull_policy: never}
-- {name: greedy, image: busybox, mem_limit: 16m, command: [sh, -c, "x=a; while :; do x=$x$x; done"]}
+# It outlives what ran out of memory by a second: of a container that ends at once a busy engine may never learn why.
+- {name: greedy, image: busybox, mem_limit: 8m, command: [sh, -c, "(x=a; while :; do x=$x$x; done); sleep 1; exit 137"]}
 - {name: nothing, image: busybox, command: [/no/such/program]}
 - {name: own, image: busybox, command: [sh, -c, "echo $DOCKER_HOST $PATH"], parameters: {DOCKER_HOST: {}, PATH: {}}}
 """

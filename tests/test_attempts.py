@@ -174,6 +174,18 @@ class TestOddAnswers:
         end = server.ended(server.sh("exit 7"))
         assert (end["state"], end["exit_code"], end["reason"]) == ("failure", 7, "oom")
 
+    def test_an_engine_that_learns_late_of_it_is_asked_again(self, stage: Stage) -> None:
+        server, late = stage.server(), stage.folder / "late"
+        edit = """sed 's/"OOMKilled": false/"OOMKilled": true/'"""
+        first = f'[ $1 = inspect ] && [ -e {late} ] && {{ $HERE/docker "$@" | {edit}; exit; }}'
+        stage.worker(server, *limping(stage, first))
+        asked = len(stage.docker.calls("inspect"))
+        job = server.sh("exit 137")
+        until(lambda: len(stage.docker.calls("inspect")) > asked + 2)
+        late.touch()
+        end = server.ended(job)
+        assert (end["exit_code"], end["reason"]) == (137, "oom")
+
     @meanwhile
     def test_what_is_on_disk_of_a_log_that_can_not_be_read_again_stays(self, stage: Stage) -> None:
         """As with `--log-driver=none`."""
