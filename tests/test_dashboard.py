@@ -182,6 +182,14 @@ class TestDashboardActs:
         expect(dialog.get_by_role("alert")).to_contain_text("worker is not exist.")
         expect(dialog).to_be_visible()
 
+    def test_an_answer_that_is_cut_is_not_told_in_the_browsers_words(self, site: Server, reader_of: ReaderOf) -> None:
+        page = reader_of(site).open_live()
+        page.route("**/api/configs", lambda route: route.fulfill(body="[{"), times=1)
+        for _ in range(2):  # the second is read whole, while a toast of the first would still be there
+            with page.expect_response("**/api/configs"):
+                site.post("hello-world")
+        assert page.locator("#toast p").count() == 0
+
     def test_a_lost_answer_does_not_run_a_job_twice(self, site: Server, reader_of: ReaderOf) -> None:
         reader = reader_of(site)
         reader.tolerates = "ERR_FAILED"
