@@ -761,7 +761,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add("--token-file", metavar="FILE", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
     add("--docker", metavar="COMMAND", default=setting("DOCKER", "docker"), help="what runs containers (docker)")
-    add("--allow-image", metavar="GLOB", type=word, action="append", help="run only images like this; repeatable")
+    add("--allow-image", metavar="GLOB", action="append", help="run only images like this; repeatable")
     options = parser.parse_args(arguments)
     options.tags = options.tags or settings("TAGS")
     options.allow_image = options.allow_image or image_globs(parser)

@@ -178,7 +178,7 @@ class TestPromise02Kills:
         until(lambda: stage.docker.starts() >= 300, 60)
         server.kill()
         server.start()
-        jobs = all_ended(server)
+        jobs = all_ended(server, 300)
         assert [job["state"] for job in jobs] == ["success"] * 1000
         assert sorted(line[0].split("-")[-2] for line in stage.docker.ledger("start")) == sorted(
             map(str, range(1, 1001))

@@ -49,7 +49,7 @@ SENTENCES = {
 LINE_LIMIT = 200  # of a line's characters, as many as are looked at
 SHELLS = {"sh", "ash", "bash", "dash", "ksh", "zsh"}
 QUOTED = re.compile(r"""\\.|'[^']*'|"(?:\\.|[^"\\])*\"""", re.DOTALL)
-OPERATOR_IN_TEXT = re.compile(r"&&?|\|\|?|<|[12&]?>>?(?:&[12]|[\w./-]*)|.*;|.*\$[A-Za-z_{(].*|.*`.*")
+OPERATOR_IN_TEXT = re.compile(r"&&?|\|\|?|<|[12&]?>>?(?:&[12]|[\w./-]*)|.+;|.*\$\(.*|.*`.*")
 OPERATOR_IN_LIST = re.compile(r"&&|\|\|?|>>?")
 # What YAML's two readers say, of which one is in C.
 ALIGNED_BADLY = re.compile(r"(did not find )?expected ('-' indicator|key|<block end>|'?<document start>)")

@@ -344,7 +344,7 @@ def problem(reply: Reply, status: int) -> str:
     return str(reply.json["detail"])
 
 
-def all_ended(server: Server, seconds: float = 60) -> list[Any]:
+def all_ended(server: Server, seconds: float = 120) -> list[Any]:
     """Wait until no job is open and return them all."""
     until(lambda: server.get("/api/jobs?state=queued,assigned,running&limit=1") == [], seconds)
     return list(server.get("/api/jobs?full=1"))

@@ -363,7 +363,6 @@ class TestSettings:
             ("server.py", ["jobs.yaml"], {"JOBWORKER_HOLD": "maybe"}, "JOBWORKER_HOLD must be yes or no, not 'maybe'"),
             ("client.py", ["box:1"], {"JOBWORKER_ALLOW_IMAGE": ""}, "JOBWORKER_ALLOW_IMAGE names no image"),
             ("client.py", ["box:1"], {"JOBWORKER_ALLOW_IMAGE": ","}, "JOBWORKER_ALLOW_IMAGE names no image"),
-            ("client.py", ["box:1", "--allow-image", ""], {}, "--allow-image: it is empty"),
             ("client.py", ["box:1", "--tag", ""], {}, "--tag: it is empty"),
         ],
     )

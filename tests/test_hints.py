@@ -112,7 +112,7 @@ class TestShellWords:
         ("command", "word"),
         [("echo a && echo b", "&&"), ("cat a | wc", "|"), ("date > /b/c", ">"), ("date >/b/c", ">/b/c"),
          ("a || b", "||"), ("mysql < dump", "<"), ("make 2>&1", "2>&1"), ("a; b", "a;"),
-         ("a ; b", ";"), ("serve &", "&"), ("echo $HOME", "$HOME"), ("ls ${DIR}/x", "${DIR}/x"),
+         ("serve &", "&"),
          ("echo `date` now", "`date`"), ("tar cf a-$(date).tar b", "a-$(date).tar"), ("sh -c a && b", "&&"),
          (["echo", "a", "&&", "echo"], "&&"), (["cat", "|", "wc"], "|"), (["date", ">", "x"], ">")],
     )  # fmt: skip
@@ -121,10 +121,10 @@ class TestShellWords:
 
     @pytest.mark.parametrize(
         "command",
-        ["echo a", "sh -c 'a && b > c'", 'sh -c "a | b"', "sh -c 'echo $HOME; x'", "awk {print$1} a", "echo 5$ a;b",
-         "expr 5 '>' 3", r"find / -exec ls {} \;", r"echo \&\&", "env X='a && b' run", "pip install a>=2", "echo a&b",
-         "", [], ["sh", "-c", "a && b"], ["/bin/bash", "-c", 'expr "$@"', "x", "5", ">", "3"], ["echo", "a && b"],
-         ["expr", "<", "b"]],
+        ["echo a", "sh -c 'a && b > c'", 'sh -c "a | b"', "sh -c 'echo $HOME; x'", "echo $HOME", "find / -exec ls {} ;",
+         "awk {print$1} a", "echo 5$ a;b", "expr 5 '>' 3", r"find / -exec ls {} \;", r"echo \&\&", "env X='a && b' run",
+         "pip install a>=2", "echo a&b", "", [], ["sh", "-c", "a && b"], ["echo", "a && b"], ["expr", "<", "b"],
+         ["/bin/bash", "-c", 'expr "$@"', "x", "5", ">", "3"]],
     )  # fmt: skip
     def test_what_is_meant_is_left_alone(self, command: str | list[str]) -> None:
         assert shell_word(command) == ""
