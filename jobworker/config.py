@@ -581,7 +581,7 @@ _SWITCH = re.compile(  # an option of `docker run` that takes no further word
 )
 _REFUSED_OPTION = re.compile(
     r"--(attach|cidfile|detach|help|interactive|log-driver|name|pull|restart|rm|tty)(?![\w-])|-[Pq]*[adit]"
-    r"|(--label[ =]|-l[ =]?)jobworker\.|(--env[ =]|-e[ =]?)JOBWORKER_"
+    r"|(--label[ =]|-[Pq]*l[ =]?)jobworker\.|(--env[ =]|-[Pq]*e[ =]?)JOBWORKER_"
 )
 
 _ANY_TEXT = _scalar("text")

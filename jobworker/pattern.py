@@ -18,7 +18,8 @@ MAX_STATES = 20_000
 MAX_STEPS = 60_000  # of all matches for one request: some 25 ms where they take longest
 
 # What stands before or after a place in the text, as far as an anchor can tell.
-EDGE, LAST_NEWLINE, NEWLINE, WORD, OTHER = range(5)
+EDGE, LAST_NEWLINE, NEWLINE, WORD, FOREIGN_WORD, OTHER = range(6)
+INSIDE_NOTHING = re.fullmatch(r"\B", "") is not None  # since Python 3.14
 
 _CATEGORIES = {
     codes.CATEGORY_DIGIT: r"\d",
@@ -68,7 +69,7 @@ class _State(NamedTuple):
     flags: int = 0
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache  # a file holds what it holds; each is asked for again and again
 def compiled(expression: str) -> "Pattern":
     return Pattern(expression)
 
@@ -150,7 +151,8 @@ class Pattern:
         if code == codes.AT:
             return self._add((next_,), anchor=argument, flags=flags)
         if code == codes.BRANCH:
-            return self._add(tuple(self._sequence(branch, next_, flags) for branch in argument[1]))
+            branches = (self._sequence(branch, next_, flags) for branch in argument[1])
+            return self._add(tuple(dict.fromkeys(branches)))  # a step costs what it has states, not ways to them
         if code == codes.SUBPATTERN:
             _group, added, removed, items = argument
             return self._sequence(items, next_, (flags | added) & ~removed)
@@ -170,14 +172,18 @@ class Pattern:
             for _ in range(most - least):
                 start = self._add((self._sequence(items, start, flags), next_))
         for _ in range(least):
-            start = self._sequence(items, start, flags)
+            before, start = start, self._sequence(items, start, flags)
+            if start == before:  # what reads nothing reads nothing as often as one likes
+                break
         return start
 
 
 def _kind(character: str, last: bool) -> int:
     if character == "\n":
         return LAST_NEWLINE if last else NEWLINE
-    return WORD if character.isalnum() or character == "_" else OTHER
+    if character.isalnum() or character == "_":
+        return WORD if character.isascii() else FOREIGN_WORD
+    return OTHER
 
 
 def _holds(anchor: Any, flags: int, before: int, after: int) -> bool:
@@ -189,7 +195,10 @@ def _holds(anchor: Any, flags: int, before: int, after: int) -> bool:
         return at_end or after == LAST_NEWLINE or bool(flags & re.MULTILINE and after == NEWLINE)
     if anchor == codes.AT_END_STRING:
         return at_end
-    at_boundary = (before == WORD) != (after == WORD)
+    if at_start and at_end and anchor == codes.AT_NON_BOUNDARY:
+        return INSIDE_NOTHING
+    words = (WORD,) if flags & re.ASCII else (WORD, FOREIGN_WORD)
+    at_boundary = (before in words) != (after in words)
     return at_boundary is bool(anchor == codes.AT_BOUNDARY)
 
 

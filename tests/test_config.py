@@ -243,6 +243,7 @@ class TestJobsYamlErrors:
         ["--name=x", "--name x", "--rm", "-d", "--detach=true", "-dP", "-Pit", "-i", "--interactive", "-t", "--tty",
          "--cidfile /x", "--pull always", "--restart=no", "--log-driver none", "-a stdin", "--attach=stdout", "--help",
          "--label jobworker.job=1", "-ljobworker.x=1", "-l jobworker.x=1", "-e JOBWORKER_ATTEMPT=2",
+         "-Pl=jobworker.job=9", "-Pqe=JOBWORKER_JOB_ID=9", "-PeJOBWORKER_JOB_ID=9",
          "--env=JOBWORKER_X"],
     )  # fmt: skip
     def test_an_option_that_would_undo_ours_is_refused(self, option: str, tmp_path: Path) -> None:

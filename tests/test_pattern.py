@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobworker.pattern import Pattern, TooLong
+from jobworker.pattern import Pattern, TooLong, compiled
 
 PIECES = (
     r"a|b|\.|\\w|\\b|\\d|\^|\$|\[ab\]|\[\^a\]|\(a\|b\)|\(a\*b\)\*|a\+|b\?|a\{1,2\}|\(\?i:A\)|\\n|\\s|\\A|\\Z"
@@ -51,6 +51,30 @@ class TestPattern:
 
         plain = min(seconds(Pattern(r"[ab@.,x1]*")) for _ in range(3))
         assert min(seconds(Pattern(expression)) for _ in range(3)) < 20 * plain
+
+    def test_many_ways_to_one_state_cost_as_much_as_one(self) -> None:
+        text = "".join(chr(0x4E00 + n) for n in range(5_000))
+
+        def seconds(ways: int) -> float:
+            pattern, begin = Pattern(f"(?:{'|' * ways}[^x])*"), time.process_time()
+            assert pattern.fullmatch(text)
+            return time.process_time() - begin
+
+        assert min(seconds(2_000) for _ in range(2)) < 4 * min(seconds(1) for _ in range(2))
+
+    @pytest.mark.parametrize("times", ["4000000000", "4000000000,"])
+    def test_what_reads_nothing_may_be_repeated_for_ever(self, times: str) -> None:
+        assert Pattern(f"a(?:){{{times}}}b").fullmatch("ab")
+
+    def test_a_pattern_is_read_once_however_many_there_are(self) -> None:
+        first, others = compiled("[a-f]+0"), [compiled(f"[a-f]+{n}") for n in range(1, 1_500)]
+        assert compiled("[a-f]+0") is first
+        assert len(set(others)) == len(others)
+
+    @pytest.mark.parametrize("expression", [r"(?a)\S\b", r"\S\b", r"(?a)\B.", r"\B.", r"(?a)\b.\b.", r"\B", r"\b"])
+    @pytest.mark.parametrize("text", ["", "ß", "aß", "ßa", "-", "a"])
+    def test_a_words_edge_is_where_re_has_it(self, expression: str, text: str) -> None:
+        assert Pattern(expression).fullmatch(text) == (re.fullmatch(expression, text) is not None)
 
     def test_more_characters_to_judge_than_re_keeps_compiled_cost_no_more_each(self) -> None:
         def seconds(count: int) -> float:
