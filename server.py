@@ -82,7 +82,7 @@ MAX_UNREAD_BYTES = 4 * 1024 * 1024
 MAX_UNSTORED_BYTES = 8 * 1024 * 1024
 MESSAGE_BYTES = 1_000  # of these each message counts as so many beside its own: it takes the store as long
 HELLO_SECONDS = 10
-TICK_SECONDS = 0.25
+TICK_SECONDS, STOOD_STILL_SECONDS = 0.25, 1
 PRUNE_SECONDS = 10
 PRUNE_JOBS = 50
 QUIET_SECONDS = 86_400  # after so long without a job a server that starts prunes nothing for an hour
@@ -101,8 +101,13 @@ Write = Callable[[ServerConnection, bytes], None]
 
 
 def write_without_waiting(socket: ServerConnection, frame: bytes) -> None:
-    """Write a frame. A worker that lets too much lie unread loses its connection."""
+    """Write a frame."""
     broadcast([socket], frame)
+    end_unread(socket)
+
+
+def end_unread(socket: ServerConnection) -> None:
+    """End the connection of a worker that lets too much lie unread."""
     if socket.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
         log.warning("a worker at %s does not read what it is sent; ending its connection", socket.remote_address[0])
         socket.transport.abort()
@@ -245,6 +250,7 @@ class Dispatcher:
         self._silent: dict[ServerConnection, None] = {}  # those that have said nothing yet
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
+        self._turn, self._looked = asyncio.Lock(), self._loop.time()
         self._closing: set[asyncio.Future[None]] = set()
 
     def resume(self, workers: list[tuple[int, str, int]]) -> None:
@@ -272,9 +278,10 @@ class Dispatcher:
                     else:
                         self._on_reports(worker, messages, len(data) + len(messages) * MESSAGE_BYTES)
                     worker.send_claimed()
-                    while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
-                        self._stored.clear()
-                        await self._stored.wait()
+                    async with self._turn:  # else one that floods is always the first to wake
+                        while self._unstored_bytes > MAX_UNSTORED_BYTES:  # the disk is slower than the workers
+                            self._stored.clear()
+                            await self._stored.wait()
             finally:
                 self._detach(worker)
         except protocol.ProtocolError as error:
@@ -432,11 +439,19 @@ class Dispatcher:
         """Send and write what could not be before, and give up the workers whose grace is over."""
         for worker in self.workers.values():
             worker.send_claimed()
+            end_unread(worker.socket)  # also of pongs, which the library writes
         for worker_id in self._to_detach:
             self._write_detached(worker_id)
         self._lose_overdue()
 
+    def _lengthen_graces(self) -> None:
+        """By as long as the loop stood still: nobody could come back meanwhile."""
+        before, self._looked = self._looked, self._loop.time()
+        if (stood := self._looked - before - TICK_SECONDS) > STOOD_STILL_SECONDS:
+            self.away = {id_: away._replace(deadline=away.deadline + stood) for id_, away in self.away.items()}
+
     def _lose_overdue(self) -> None:
+        self._lengthen_graces()
         now = self._loop.time()
         overdue = [(id_, away) for id_, away in self.away.items() if away.deadline <= now]
         for worker_id, away in overdue:
@@ -643,6 +658,7 @@ class Server:
             compression=None,
             max_size=MAX_FRAME_BYTES,
             max_queue=2,
+            write_limit=2 * MAX_UNREAD_BYTES,  # beyond it the library's pings would wait: nobody would be found silent
             ping_interval=protocol.PING_SECONDS,
             ping_timeout=protocol.PONG_SECONDS,
             close_timeout=2,

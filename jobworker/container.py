@@ -226,7 +226,7 @@ class Engine:
         """
 
         def is_answer(out: str) -> bool:
-            return not self._tells_states or read_state_of(out) is not None
+            return read_state_of(out) is not None or not (self._tells_states or out.strip())
 
         words = ["inspect", "--type=container", container]
         answer = await self.retry_until_answered(*words, about=container, patience=patience, is_answer=is_answer)
@@ -566,6 +566,11 @@ def may_run(status: str) -> bool:
 
 def has_other_code(state: dict[str, Any], code: int) -> bool:
     return state.get("Status") not in NEVER_STARTED and state.get("ExitCode") != code
+
+
+def was_there(code: int | None) -> bool:
+    """Whether there was a container, by the exit code of its `docker run`; None: it was found without that."""
+    return code is None or (code > 0 and code not in COULD_NOT_START)
 
 
 def exit_of_command(code: int | None) -> tuple[int | None, str]:

@@ -16,9 +16,11 @@ from urllib.parse import urlsplit
 from websockets.exceptions import InvalidStatus
 
 from jobworker.options import UNSENT_BYTES
+from protocol import PING_SECONDS, PONG_SECONDS
 
 RUNNER = "/runner"
 REMIND_SECONDS = 600
+STALLED_MS = 1_000 * (PING_SECONDS + PONG_SECONDS)
 NO_TLS = "; does it speak TLS? Without, it is ws:// or http://"
 SCHEMES = {"": "ws", "ws": "ws", "http": "ws", "wss": "wss", "https": "wss"}
 OTHER_PLACE = (200, 204, 400, 404, 405, 410, 426)  # answers of a path that is no jobworker server's /runner
@@ -37,8 +39,13 @@ class Socket(Protocol):
 
 
 def limit_unsent(connection: socket.socket) -> None:
-    """On a slow link a pong waits for what the kernel holds, which could be megabytes of a log."""
+    """On a slow link a pong waits for what the kernel holds, which could be megabytes of a log.
+
+    A link on which nothing goes on is left after as long as a ping that has no answer.
+    """
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a ping, too, waits behind what a server takes no more of
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, STALLED_MS)
 
 
 def destination(text: str) -> str:

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 from jobworker.container import (
     COMPLAINT_BYTES,
-    COULD_NOT_START,
     ENGINE_PATIENCE_SECONDS,
     ENGINE_RETRY_SECONDS,
     HALF_REMOVED,
@@ -31,6 +30,7 @@ from jobworker.container import (
     may_run,
     part_of,
     read_state,
+    was_there,
 )
 from jobworker.output import Output
 
@@ -222,7 +222,7 @@ class Life:
         if state and state.get("Status") in NEVER_STARTED and not await self._fence():
             await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
-        if state is None and code != 0 and code not in COULD_NOT_START and not self._stop_reason:
+        if state is None and was_there(code) and not self._stop_reason:
             self.output.say("jobworker: its container is gone: somebody removed it\n")
         code, reason = read_state(state) if state else exit_of_command(code)
         if reason == "docker" and not await self._engine.may_have_image(self.config.get("image", "")):

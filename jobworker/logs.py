@@ -94,12 +94,10 @@ def tail_offset(db: Database, job: int, attempt: int, lines: int) -> int:
     for offset, data in db.execute(LOG_BACKWARDS, (job, attempt)):
         if not lines:
             return int(offset) + len(data)
-        end: int = len(data)
-        if last and data.endswith(b"\n"):
-            end -= 1
+        end: int = len(data) - (last and data.endswith(b"\n"))
         last = False
-        while wanted and (end := data.rfind(b"\n", 0, end)) >= 0:
-            wanted -= 1
-        if end >= 0:
-            return int(offset) + end + 1
+        count = data.count(b"\n", 0, end)
+        if count >= wanted:
+            return int(offset) + len(data[:end].rsplit(b"\n", wanted)[0]) + 1
+        wanted -= count
     return 0

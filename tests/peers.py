@@ -189,10 +189,13 @@ class Relay:
 
     def copy(self, source: socket.socket, sink: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
+            while data := self.read(source, sink):
                 if not self.dead:
                     sink.sendall(data)
         self.cut([(source, sink)])
+
+    def read(self, source: socket.socket, _sink: socket.socket) -> bytes:
+        return source.recv(65536)
 
     def cut(self, pairs: list[tuple[socket.socket, socket.socket]] | None = None) -> None:
         """End all connections; a frozen process will see it when it wakes."""
@@ -211,6 +214,19 @@ class Relay:
             thread.join(5)
         for each in (self.listener, *(end for pair in self.pairs for end in pair)):
             each.close()
+
+
+class StallingRelay(Relay):
+    """One that reads no more of some pairs, while new ones go through."""
+
+    def __init__(self, server: Server) -> None:
+        self.stalled: set[tuple[socket.socket, socket.socket]] = set()
+        super().__init__(server)
+
+    def read(self, source: socket.socket, sink: socket.socket) -> bytes:
+        while self.stalled & {(source, sink), (sink, source)}:
+            time.sleep(0.05)
+        return super().read(source, sink)
 
 
 class Events:

@@ -206,6 +206,20 @@ class TestOddAnswers:
             assert server.ended(job)["success"]
             assert server.log(job) == b"early\n"
 
+    def test_half_a_state_as_the_first_one_is_asked_for_again(self, stage: Stage) -> None:
+        server, go, spoilt = stage.server(), stage.folder / "go", stage.folder / "spoilt"
+        first = f"[ $1 = inspect ] && [ -e {spoilt} ] && rm {spoilt} && echo '[{{' && exit 0"
+        stage.worker(server, *limping(stage, first))
+        job = server.sh(f"echo early; until [ -e {go} ]; do sleep 0.02; done; echo late")
+        until(lambda: server.log(job) == b"early\n")
+        spoilt.touch()
+        [command] = stage.docker.clients(job)
+        os.kill(command, signal.SIGKILL)
+        until(lambda: not spoilt.exists())
+        go.touch()
+        assert server.ended(job)["success"]
+        assert server.log(job) == b"early\nlate\n"
+
     def test_a_container_that_somebody_removes_is_said_to_be_gone(self, stage: Stage) -> None:
         server = stage.server()
         stage.worker(server)

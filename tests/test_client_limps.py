@@ -20,7 +20,7 @@ import client
 import protocol
 from jobworker.cleaner import GATHER_SECONDS
 from jobworker.container import NotStarted
-from tests.peers import ScriptedServer
+from tests.peers import ScriptedServer, StallingRelay
 from tests.stage import ROOT, Program, Server, Stage, Worker, meanwhile, until
 
 DENIED = "permission denied while trying to connect to the Docker daemon socket"
@@ -402,6 +402,25 @@ class TestVersion1Server:
         assert worker.exit_code() == 0
         assert stage.docker.containers() == []
         assert not stage.docker.starts(2)
+
+
+class TestStalledLink:
+    """A link on which nothing goes on is left, though a ping waits behind what is written."""
+
+    @meanwhile
+    def test_a_worker_dials_anew_and_its_job_goes_on(self, stage: Stage) -> None:
+        server, go = stage.server("--grace", "60s"), stage.folder / "go"
+        with StallingRelay(server) as relay:
+            stage.worker(relay)
+            until(lambda: server.knows("worker"))
+            job = server.sh(f"while [ ! -e {go} ]; do echo {'x' * 9_000}; sleep 0.01; done")
+            until(lambda: server.job(job)["log_bytes"] > 50_000)
+            relay.stalled, dials = set(relay.pairs), relay.dials
+            until(lambda: relay.dials > dials, 60)
+            until(lambda: server.knows("worker"), 30)
+            go.touch()
+            assert server.ended(job, 60)["success"]
+            relay.stalled.clear()
 
 
 class TestLimits:

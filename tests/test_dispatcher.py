@@ -242,9 +242,10 @@ class Flood(Link):
     MANY = protocol.encode_batch([protocol.JobRunning(1, 1)] * (MAX_UNSTORED_BYTES // MESSAGE_BYTES + 1))
     sent = 0
 
-    def __init__(self, name: str, frame: bytes) -> None:
+    def __init__(self, name: str, frame: bytes, ready: int) -> None:
+        """ready: so many frames are there at once, as `websockets` has some."""
         super().__init__()
-        self.name, self.frame = name, frame
+        self.name, self.frame, self.ready = name, frame, ready
 
     async def recv(self) -> bytes:
         return protocol.encode(protocol.Hello(self.name, 0, (), "1", ()))
@@ -253,7 +254,7 @@ class Flood(Link):
         while True:
             self.sent += 1
             yield self.frame
-            if self.sent % 2 == 0:  # as many as `websockets` has ready
+            if self.sent % self.ready == 0:
                 await asyncio.sleep(0)
 
 
@@ -277,7 +278,8 @@ class TestFlood:
         [(Flood.LOG, MAX_UNSTORED_BYTES // len(Flood.LOG)), (Flood.MANY, 1)],
         ids=["logs", "messages"],
     )
-    def test_another_worker_gets_its_jobs_as_if_it_were_alone(self, frame: bytes, most: int) -> None:
+    @pytest.mark.parametrize("ready", [2, 1_000_000])
+    def test_another_worker_gets_its_jobs_as_if_it_were_alone(self, frame: bytes, most: int, ready: int) -> None:
         async def commits_of_ten_jobs(floods: list[Flood]) -> int:
             table = Table()
             for flood in floods:
@@ -296,7 +298,7 @@ class TestFlood:
             return commits
 
         async def play() -> None:
-            floods = [Flood(f"flood-{number}", frame) for number in range(3)]
+            floods = [Flood(f"flood-{number}", frame, ready) for number in range(3)]
             assert await commits_of_ten_jobs(floods) <= 1.5 * await commits_of_ten_jobs([])
             assert all(flood.sent > 5 for flood in floods)
 

@@ -27,8 +27,8 @@ from jobworker.config import Configs, JobConfig
 from jobworker.message import parse_head
 from jobworker.store import Store
 from server import MAX_FRAME_MESSAGES, MAX_UNSTORED_BYTES, Dispatcher
-from tests.peers import VERSION_2, ScriptedWorker, is_closed
-from tests.stage import Program, Server, Stage, meanwhile, problem, until
+from tests.peers import VERSION_2, WEBSOCKET, ScriptedWorker, head, is_closed
+from tests.stage import Program, Server, Stage, all_ended, meanwhile, problem, until
 from tests.test_due import deliver
 
 MEMORY_LIMIT_KIB = 200 * 1024
@@ -498,3 +498,50 @@ def test_chance_is_an_argument() -> None:
         [Configs([config], random.Random(4)).retry_delay("a", failures) for failures in range(1, 9)] for _ in range(2)
     )
     assert first == second
+
+
+class TestWorkersThatTakeNothing:
+    """One that is silent is found so, whatever waits for it, and costs no memory."""
+
+    @meanwhile
+    def test_a_frozen_one_is_noticed_though_much_waits_for_it(self, stage: Stage) -> None:
+        jobs = '- {name: big, image: busybox, command: "true", parameters: {TEXT: {}}}\n'
+        server = stage.server("--hold", "--grace", "2s", jobs=jobs)
+        frozen = stage.worker(server, "--slots", "300")
+        frozen.freeze()
+        server.http("POST", "/api/jobs", [{"name": "big", "environment": {"TEXT": "x" * 30_000}}] * 100)
+        until(lambda: server.get("/api/workers") == [], 60)
+        stage.worker(server, "--slots", "4", name="other")
+        assert {job["state"] for job in all_ended(server)} == {"success"}
+        frozen.thaw()
+
+    def test_one_that_pings_and_reads_nothing_is_ended(self, stage: Stage) -> None:
+        server = stage.server("--hold")
+        ping = b"\x89\xfd\0\0\0\0" + b"x" * 125
+        hello = protocol.encode(protocol.Hello("w", 0, (), "1", ()))
+        with socket.create_connection(("127.0.0.1", server.port), timeout=20) as peer:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            peer.sendall(head(b"GET /runner", *WEBSOCKET, b"Sec-WebSocket-Protocol: " + VERSION_2.encode()))
+            peer.sendall(b"\x82" + bytes([0x80 | len(hello)]) + b"\0\0\0\0" + hello)
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    peer.sendall(ping * 1_000)
+        assert server.memory_kib() < MEMORY_LIMIT_KIB
+        assert "does not read what it is sent" in server.stderr
+
+    @meanwhile
+    def test_a_server_that_stood_still_gives_who_is_away_that_time(self, stage: Stage) -> None:
+        server = stage.server("--grace", "8s")
+        worker = stage.worker(server)
+        job = server.sh(f"until [ -e {stage.folder}/go ]; do sleep 0.05; done")
+        until(lambda: stage.docker.starts(job) and server.state(job) == "running")
+        worker.kill()
+        until(lambda: server.get("/api/workers") == [])
+        server.freeze()
+        Program.start(worker)  # it waits to be taken
+        frozen = time.monotonic()
+        until(lambda: time.monotonic() > frozen + 10, 20)
+        server.thaw()
+        until(lambda: server.get("/api/workers"))
+        (stage.folder / "go").touch()
+        assert server.ended(job)["success"]

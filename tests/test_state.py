@@ -4,6 +4,7 @@ import random
 import re
 import shutil
 import tempfile
+import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
@@ -654,6 +655,20 @@ class TestLogTail:
             store.do(logs.append_log, worker, job, 1, start, data).result()
         assert store.do(logs.tail_offset, job, 1, lines).result() == offset
         store.close()
+
+
+def test_a_tail_of_many_lines_costs_little_more_than_one_of_few() -> None:
+    """In processor time: a search for each of a million lines held the store for seconds."""
+
+    def seconds(text: bytes) -> float:
+        db = Store(":memory:")._database
+        db.execute("INSERT INTO log VALUES (1, 1, 0, ?)", (text,))
+        begin = time.process_time()
+        assert logs.tail_offset(db, 1, 1, 2_000_000) == 0
+        return time.process_time() - begin
+
+    many, few = b"\n" * 1_000_000, b"x" * 1_000_000
+    assert min(seconds(many) for _ in range(3)) < 50 * min(seconds(few) for _ in range(3))
 
 
 class TestLogLimit:
