@@ -58,23 +58,30 @@ class Dealt(NamedTuple):
     skipped: bool
 
 
-def adopt_schedules(db: Database, texts: Mapping[str, str], now: float) -> tuple[dict[str, float], list[str]]:
+def adopt_schedules(db: Database, texts: Mapping[str, str], now: float) -> tuple[dict[str, float], dict[str, float]]:
     """Take over the schedules of jobs.yaml, by name; give up to when each has been dealt with.
 
-    One that is new or has changed begins now. Also gives the names of those that were dealt with up to a time more
-    than a day ahead, by a clock that was wrong: they begin now as well.
+    One that is new or has changed begins now. Those that were dealt with up to a time more than a day ahead begin now
+    as well, as a clock was wrong; also gives these, with that time: it may be this clock that is wrong.
     """
     known = {name: (text, upto) for name, text, upto in db.execute(KNOWN_SCHEDULES).fetchall()}
     for name in known.keys() - texts.keys():
         db.execute(FORGET_SCHEDULE, (name,))
-    ahead = [name for name, (text, upto) in known.items() if texts.get(name) == text and upto > now + TOO_FAR_SECONDS]
+    too_far = now + TOO_FAR_SECONDS
+    ahead = {name: upto for name, (text, upto) in known.items() if texts.get(name) == text and upto > too_far}
     cursors = {}
     for name, text in texts.items():
         known_text, cursors[name] = known.get(name, ("", now))
         if known_text != text or name in ahead:
             db.execute(BEGIN_SCHEDULE, (name, text, now))
             cursors[name] = now
-    return cursors, sorted(ahead)
+    return cursors, ahead
+
+
+def go_on(db: Database, moves: Mapping[str, tuple[str, float]]) -> None:
+    """Take schedules, by name with their text, for dealt with up to a time."""
+    for name, (text, upto) in moves.items():
+        db.execute(MOVE_UPTO, (upto, 0, name, text, upto))
 
 
 def schedules(db: Database) -> dict[str, sqlite3.Row]:
@@ -110,6 +117,7 @@ class Scheduler:
         self._entries: dict[str, Scheduled] = {}
         self._cursors: dict[str, float] = {}
         self._next: dict[str, float] = {}  # not due before: the cursor, until the next due time is computed from it
+        self._ahead: dict[str, float] = {}  # the cursors of before a clock that is, or was, wrong
         self._is_adopted = True
         self._waiting = False  # for the store
 
@@ -122,7 +130,7 @@ class Scheduler:
     def _adopt(self, now: float) -> None:
         entries = self._entries
 
-        def adopted(result: tuple[dict[str, float], list[str]] | Exception) -> None:
+        def adopted(result: tuple[dict[str, float], dict[str, float]] | Exception) -> None:
             self._waiting = False
             if isinstance(result, Exception) or entries is not self._entries:
                 return  # the next tick tries again
@@ -130,7 +138,8 @@ class Scheduler:
             cursors, ahead = result
             for name, upto in cursors.items():
                 self._move(name, upto)
-            for name in ahead:
+            self._ahead = {name: upto for name, upto in (self._ahead | ahead).items() if name in cursors}
+            for name in sorted(ahead):
                 log.warning("%s: was dealt with up to more than a day ahead of now; its schedule begins now", name)
 
         self._waiting = True
@@ -148,8 +157,24 @@ class Scheduler:
         was_set_back = any(upto > now + TOO_FAR_SECONDS for upto in self._cursors.values())
         if was_set_back or not self._is_adopted:
             self._adopt(now)
+        elif reached := {name: upto for name, upto in self._ahead.items() if self._cursors[name] < upto <= now}:
+            self._go_on(reached)
         elif dues := self._dues(now):
             self._queue(dues, now)
+
+    def _go_on(self, reached: dict[str, float]) -> None:
+        """The clock is right again: what was dealt with before it was wrong is not due once more."""
+        entries = self._entries
+
+        def moved(result: Exception | None) -> None:
+            self._waiting = False
+            if not isinstance(result, Exception) and entries is self._entries:
+                for name, upto in reached.items():
+                    self._move(name, upto)
+
+        self._waiting = True
+        moves = {name: (entries[name].schedule.text, upto) for name, upto in reached.items()}
+        self._store.do_then(moved, go_on, moves)
 
     def _dues(self, now: float) -> list[Due]:
         """Give what is due: of several due times of a schedule the latest."""

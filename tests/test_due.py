@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jobworker import due, lists, state
+from jobworker import due, lists, retention, state
 from jobworker.due import Scheduled, Scheduler
 from jobworker.schedule import Schedule
 from jobworker.state import FreeSlots, NewJob
@@ -284,3 +284,39 @@ def test_a_request_can_not_use_the_key_of_a_due_job(stage: Stage) -> None:
     reply = server.http("POST", "/api/jobs/quick", headers={"Idempotency-Key": f"{due.KEY_PREFIX}quick/2026"})
     assert reply.status == 400
     assert "begin with schedule/" in reply.json["detail"]
+
+
+class TestAClockThatIsWrongForAMoment:
+    """As of a machine that begins in 1970 until it has asked for the time: nothing is due twice, and nothing missed."""
+
+    def wrong_for_a_minute(self, desk: Desk) -> None:
+        right, desk.now = desk.now, 1_000.0
+        desk.tick()
+        desk.tick(60)
+        desk.now = right + 61
+        desk.tick()
+        desk.tick()
+
+    def test_a_due_time_whose_job_was_deleted_makes_no_second_one(self, desk: Desk) -> None:
+        desk.adopt({"monthly": "0 0 1 * *"})
+        while not desk.rows():
+            desk.tick(3_600)
+        desk.end_all()
+        desk.do(state.add, [NewJob("monthly")], desk.now + 60, True)  # by hand: it is the one that stays
+        desk.tick(120)
+        desk.end_all()
+        desk.do(retention.prune, desk.now, ["monthly"], 50)
+        assert [row["due_at"] for row in desk.rows()] == [None]
+        self.wrong_for_a_minute(desk)
+        assert [row["due_at"] for row in desk.rows()] == [None]
+
+    def test_nothing_is_counted_as_missed_and_the_next_is_due_in_time(self, desk: Desk) -> None:
+        desk.adopt()
+        for _ in range(3):
+            desk.tick(3_600)
+            desk.end_all()
+        before = desk.dues()
+        self.wrong_for_a_minute(desk)
+        assert (desk.dues(), desk.counted()) == (before, (0, 0))
+        desk.tick(3_600)
+        assert (len(desk.dues()), desk.counted()) == (len(before) + 1, (0, 0))
