@@ -506,8 +506,8 @@ def get_log(
 ) -> Response:
     """What a job wrote to stdout and stderr.
 
-    The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first and the
-    last 512 KiB are kept, and a line tells how much is missing between.
+    The bytes as they were written, so there may be some that are not UTF-8. Of more than 1 MiB the first
+    512 KiB and up to as much of the end are kept, and a line tells how much is missing between.
     """
     row = api.do(state.get, id_)
     wanted: int = attempt or row["attempt"]

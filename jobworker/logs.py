@@ -10,8 +10,7 @@ LOG_ROW_BYTES = 1_000  # a smaller last row takes what follows it, still in its 
 
 LOG_GROWS = "UPDATE job SET log_bytes = ? WHERE id = ?"
 KEEP_LOG = "INSERT OR REPLACE INTO log (job, attempt, byte_offset, data) VALUES (?, ?, ?, ?)"
-CUT_LOG = """DELETE FROM log WHERE job = :job AND attempt = :attempt AND byte_offset >= :head AND byte_offset < :tail
-    AND byte_offset + length(data) <= :tail"""
+CUT_LOG = "DELETE FROM log WHERE job = ? AND attempt = ? AND byte_offset >= ? AND byte_offset < ?"
 BEGIN_READING = "UPDATE job SET reading = ?, log_bytes = 0 WHERE id = ?"
 DROP_LOG = "DELETE FROM log WHERE job = ? AND attempt = ?"
 LOG_CHUNK_BEFORE = """SELECT max(byte_offset) FROM log WHERE job = ? AND attempt = ? AND byte_offset <= ?"""
@@ -41,8 +40,7 @@ def append_log(db: Database, worker: int, job: int, attempt: int, offset: int, d
         db.execute(KEEP_LOG, (job, attempt, *_with_last_row(db, job, attempt, offset, data)))
         db.execute(LOG_GROWS, (have, job))
         if have > LOG_HEAD_BYTES + LOG_TAIL_BYTES:
-            kept = {"head": LOG_HEAD_BYTES, "tail": have - LOG_TAIL_BYTES}
-            db.execute(CUT_LOG, {"job": job, "attempt": attempt} | kept)
+            db.execute(CUT_LOG, (job, attempt, LOG_HEAD_BYTES, have - LOG_TAIL_BYTES))
         db.notes.jobs.add(job)
     return have
 
