@@ -59,7 +59,7 @@ from jobworker.options import (
     settings,
     slot_count,
     start_logging,
-    word,
+    tag,
     worker_name,
     worker_token,
 )
@@ -756,9 +756,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("uri", metavar="DESTINATION", type=destination, help="the server: HOST:PORT or a URL")
     add("--name", type=worker_name, default=setting("NAME"), help="who it is (HOST-1, HOST-2, ...)")
     add("--slots", metavar="N", type=slot_count, default=setting("SLOTS", "1"), help="how many jobs at once (1)")
-    add(
-        "--tag", metavar="TAG", dest="tags", type=word, action="append", help="take jobs with this tag, too; repeatable"
-    )
+    add("--tag", metavar="TAG", dest="tags", type=tag, action="append", help="take jobs with this tag, too; repeatable")
     add("--token-file", metavar="FILE", type=Path, default=setting("TOKEN_FILE"), help="the token the server asks for")
     add("--docker", metavar="COMMAND", default=setting("DOCKER", "docker"), help="what runs containers (docker)")
     add("--allow-image", metavar="GLOB", action="append", help="run only images like this; repeatable")

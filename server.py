@@ -250,7 +250,7 @@ class Dispatcher:
         self._silent: dict[ServerConnection, None] = {}  # those that have said nothing yet
         self._unstored_bytes = 0  # of frames whose answers are awaited
         self._stored = asyncio.Event()
-        self._turn, self._looked = asyncio.Lock(), self._loop.time()
+        self._turn, self._looked = asyncio.Lock(), self._loop.time()  # to wait for the disk; for who is overdue
         self._closing: set[asyncio.Future[None]] = set()
 
     def resume(self, workers: list[tuple[int, str, int]]) -> None:

@@ -513,8 +513,10 @@ def get_log(
     wanted: int = attempt or row["attempt"]
     if tail is not None:
         offset = max(offset, api.do(logs.tail_offset, id_, wanted, tail))
-    goes_on = api.follow(request, id_, wanted, offset, on=attempt is None)
-    pieces = goes_on if follow else api.read_log(id_, wanted, offset)
+    if follow:
+        pieces: Iterator[bytes] = api.follow(request, id_, wanted, offset, on=attempt is None)
+    else:
+        pieces = api.read_log(id_, wanted, offset)
     return Response(pieces, content_type=TEXT, headers=UNBUFFERED if follow else {})
 
 

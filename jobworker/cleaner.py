@@ -28,13 +28,12 @@ class Ender:
 
     def __init__(self, end_commands: Callable[[list[set[str]]], Awaitable[None]], then: Callable[[], None]) -> None:
         self._end_commands, self._then = end_commands, then
-        self._goes_on: dict[str, Callable[[], bool]] = {}
-        self._tries: dict[str, int] = {}
+        self._ending: dict[str, tuple[int, Callable[[], bool]]] = {}  # how often still, and while what is so
         self._task: asyncio.Task[None] | None = None
 
     @property
     def busy(self) -> bool:
-        return len(self._tries) > 0
+        return len(self._ending) > 0
 
     async def end(self, containers: Iterable[str]) -> None:
         commands = [words for each in containers for words in ({"run", f"--name={each}"}, {"logs", each})]
@@ -43,20 +42,20 @@ class Ender:
 
     def keep_ending(self, container: str, goes_on: Callable[[], bool]) -> None:
         """End its commands, also one that is only about to start, for some seconds while it `goes_on`."""
-        is_first = not self._tries
-        self._tries[container], self._goes_on[container] = END_TRIES, goes_on
+        is_first = not self._ending
+        self._ending[container] = END_TRIES, goes_on
         if is_first:
             self._task = asyncio.ensure_future(self._keep())
 
     async def _keep(self) -> None:
-        while self._tries:  # all of them by one look at what runs
-            ending = list(self._tries)
+        while self._ending:  # all of them by one look at what runs
+            ending = list(self._ending)
             await self.end(ending)
             await asyncio.sleep(END_AGAIN_SECONDS)
             for container in ending:
-                self._tries[container] -= 1
-                if not self._tries[container] or not self._goes_on[container]():
-                    del self._tries[container], self._goes_on[container]
+                tries, goes_on = self._ending.pop(container)
+                if tries > 1 and goes_on():
+                    self._ending[container] = tries - 1, goes_on
         self._then()
 
 

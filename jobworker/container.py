@@ -181,9 +181,7 @@ class Engine:
     async def follow(self, container: str, output: Callable[[bytes], None], is_last: bool = False) -> bool | None:
         """Read what a container wrote, from its start, and writes until it ends; True if that was all.
 
-        None: its log can't be read, by its log driver.
-
-        is_last: what the command says is passed on though it fails.
+        None: its log driver's log can't be read. is_last: what the command says is passed on though it fails.
         """
         beginning = Beginning(output)
         try:

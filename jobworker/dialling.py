@@ -59,8 +59,8 @@ def destination(text: str) -> str:
         parts = urlsplit(f"{SCHEMES[scheme]}://{after}")
         host = (parts.hostname or "").encode("idna")  # as the look-up of its address does: it raises UnicodeError
         has_place = host and parts.port != 0 and (scheme or parts.port or parts.path)
-        is_odd = re.search(r"[\s#]", text) or parts.netloc.endswith(":") or parts.path.startswith("//")
-        is_odd = is_odd or (parts.username is None) != (parts.password is None)
+        half_login = (parts.username is None) != (parts.password is None)
+        is_odd = half_login or re.search(r"[\s#]", text) or parts.netloc[-1:] == ":" or parts.path.startswith("//")
     except (KeyError, ValueError):
         has_place, is_odd = None, None
     if not has_place or is_odd:

@@ -215,10 +215,7 @@ class Life:
         while state and (is_running(state) or (code is not None and has_other_code(state, code))):
             await self._follow()  # the command was killed: the container, or its output, went on
             state, code = await self._engine.state(self.container), None
-        for _ in range(OOM_LOOKS):  # a busy engine learns of this seconds after the end
-            if state and state.get("ExitCode") == KILLED and not (state.get("OOMKilled") or self._stop_reason):
-                await asyncio.sleep(OOM_AGAIN_SECONDS)
-                state = await self._engine.state(self.container)
+        state = await self._with_oom(state)
         if state and state.get("Status") in NEVER_STARTED and not await self._fence():
             await self._follow()  # it did start, after its command was killed
             return await self._conclude(None)
@@ -230,6 +227,15 @@ class Life:
         if self._stop_reason:
             return End(code, self._stop_reason)
         return End(code, None if code == 0 else reason)
+
+    async def _with_oom(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Look again at a container that was killed: a busy engine learns seconds later that its memory ran out."""
+        for _ in range(OOM_LOOKS):
+            if not state or state.get("ExitCode") != KILLED or state.get("OOMKilled") or self._stop_reason:
+                break
+            await asyncio.sleep(OOM_AGAIN_SECONDS)
+            state = await self._engine.state(self.container)
+        return state
 
     async def _fence(self) -> bool:
         """Keep a container that was only created from being started; False where it has started."""

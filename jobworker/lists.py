@@ -67,24 +67,26 @@ def _walk(db: Database, select: str, order: str, wanted: Wanted, limit: int) -> 
     """
     by_cause, by_worker, queries = wanted.cause is not None, wanted.worker is not None, []
     names, after = (wanted.name,) if by_cause or by_worker else _names(db, wanted), _after(db, wanted)
-    first_queued = _before_queued(db)
-    for state in _states(wanted):
+    states = _states(wanted)
+    before_queued = _before_queued(db) if "queued" in states else 0
+    for state in states:
         # A plus keeps a column from its index, where another admits fewer; those of what has ended say that it has.
         ended = "job.finished_at IS NOT NULL AND " if state in FINAL_STATES else ""
         is_few = by_cause or state in ACTIVE_STATES
+        # In the text: where a state is bound, SQLite plans each query anew.
+        of_state = f"{ended}{'+' * by_cause}job.state = '{state}' AND " if state else ""
         for name in names:
             where = {
-                "job.id > ?": max(after, first_queued) if state == "queued" else after,
+                "job.id > ?": max(after, before_queued) if state == "queued" else after,
                 "job.id < ?": wanted.before,
                 "job.finished_at > ?": wanted.ended_after,
                 "job.cause = ?": wanted.cause,
                 f"{'+' * by_cause}job.worker = ({FIND_WORKER})": wanted.worker,
-                f"{ended}{'+' * by_cause}job.state = '{state}' AND ?": state and 1,  # bound, each query is planned anew
                 f"{'+' * is_few}job.name = ?": name,
                 "instr(lower(job.name), lower(?))": wanted.q if by_cause or by_worker else None,
             }
             where = {condition: value for condition, value in where.items() if value is not None}
-            queries.append((f"{select} WHERE {' AND '.join(where)} ORDER BY job.id {order} LIMIT ?", where))
+            queries.append((f"{select} WHERE {of_state}{' AND '.join(where)} ORDER BY job.id {order} LIMIT ?", where))
     if len(queries) <= OPEN_QUERIES:
         found: list[Iterator[sqlite3.Row]] = [db.execute(sql, [*where.values(), limit]) for sql, where in queries]
     else:

@@ -68,7 +68,7 @@ def image_globs(parser: argparse.ArgumentParser) -> list[str]:
     return globs
 
 
-def word(text: str) -> str:
+def tag(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
     return text

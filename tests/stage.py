@@ -52,6 +52,12 @@ def until(condition: Callable[[], Value | None], seconds: float = 10) -> Value:
     return value
 
 
+def passes(seconds: float) -> None:
+    """Wait until a time is over, for what must not come of it."""
+    end = time.monotonic() + seconds
+    until(lambda: time.monotonic() > end, seconds + 5)
+
+
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,16 +17,14 @@ import pytest
 import protocol
 from jobworker.container import part_of, read_found, read_state
 from tests.peers import ScriptedServer
-from tests.stage import Stage, meanwhile, until
+from tests.stage import Stage, meanwhile, passes, until
 from tests.test_client_hangs import limping
 
 ONE = "- {name: one, image: busybox, command: [sh, -c, 'sleep 0.5; echo done'], timeout: 2s, retries: 1}\n"
 
 
-def passes(seconds: float) -> None:
-    """Wait until a time is over, for what must not come of it."""
-    end = time.monotonic() + seconds
-    until(lambda: time.monotonic() > end, seconds + 5)
+# An engine's words on a container, of which the memory ran out.
+OOM_TOLD = """$HERE/docker "$@" | sed 's/"OOMKilled": false/"OOMKilled": true/'; exit"""
 
 
 class TestTimeout:
@@ -160,10 +157,7 @@ class TestOddAnswers:
     def test_a_job_that_outlives_one_of_its_own_that_ran_out_of_memory_is_a_success(self, stage: Stage) -> None:
         """Also where its exit code comes from the engine, not from the command."""
         server, go = stage.server(), stage.folder / "go"
-        edit = 's/"OOMKilled": false/"OOMKilled": true/'
-        worker = stage.worker(
-            server, *limping(stage, f"[ $1 = inspect ] && {{ $HERE/docker \"$@\" | sed '{edit}'; exit; }}")
-        )
+        worker = stage.worker(server, *limping(stage, f"[ $1 = inspect ] && {{ {OOM_TOLD}; }}"))
         job = server.sh(f"while [ ! -e {go} ]; do sleep 0.05; done")
         until(lambda: stage.docker.starts(job))
         worker.kill()
@@ -176,9 +170,7 @@ class TestOddAnswers:
 
     def test_an_engine_that_learns_late_of_it_is_asked_again(self, stage: Stage) -> None:
         server, late = stage.server(), stage.folder / "late"
-        edit = """sed 's/"OOMKilled": false/"OOMKilled": true/'"""
-        first = f'[ $1 = inspect ] && [ -e {late} ] && {{ $HERE/docker "$@" | {edit}; exit; }}'
-        stage.worker(server, *limping(stage, first))
+        stage.worker(server, *limping(stage, f"[ $1 = inspect ] && [ -e {late} ] && {{ {OOM_TOLD}; }}"))
         asked = len(stage.docker.calls("inspect"))
         job = server.sh("exit 137")
         until(lambda: len(stage.docker.calls("inspect")) > asked + 2)

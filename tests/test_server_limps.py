@@ -28,7 +28,7 @@ from jobworker.message import parse_head
 from jobworker.store import Store
 from server import MAX_FRAME_MESSAGES, MAX_UNSTORED_BYTES, Dispatcher
 from tests.peers import VERSION_2, WEBSOCKET, ScriptedWorker, head, is_closed
-from tests.stage import Program, Server, Stage, all_ended, meanwhile, problem, until
+from tests.stage import Program, Server, Stage, all_ended, meanwhile, passes, problem, until
 from tests.test_due import deliver
 
 MEMORY_LIMIT_KIB = 200 * 1024
@@ -539,8 +539,7 @@ class TestWorkersThatTakeNothing:
         until(lambda: server.get("/api/workers") == [])
         server.freeze()
         Program.start(worker)  # it waits to be taken
-        frozen = time.monotonic()
-        until(lambda: time.monotonic() > frozen + 10, 20)
+        passes(10)
         server.thaw()
         until(lambda: server.get("/api/workers"))
         (stage.folder / "go").touch()
